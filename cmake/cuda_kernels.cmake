@@ -1,0 +1,1 @@
+set(FASTPRUNE_CUDA_STATUS "not built: stub")

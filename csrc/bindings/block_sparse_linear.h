@@ -1,0 +1,69 @@
+// What the CPU and the CUDA binding of block_sparse_linear share: checks and shapes.
+#pragma once
+
+#include <optional>
+#include <string>
+#include <vector>
+
+#include "../kernels/block_sparse_linear.h"
+#include "tensor_checks.h"
+
+namespace fastprune {
+
+inline Activation parse_activation(const char* op, const std::string& name) {
+  if (name == "none") return Activation::kNone;
+  if (name == "relu") return Activation::kRelu;
+  throw_value_error(op, ": `activation` must be 'none' or 'relu', got '", name, "'");
+}
+
+// Everything that can be checked without reading the indices.
+inline void check_block_sparse_linear(const char* op, const Tensor& input,
+                                      const Tensor& packed_values, const Tensor& crow_indices,
+                                      const Tensor& col_indices, const std::optional<Tensor>& bias,
+                                      int64_t out_features) {
+  check_same_device(op, "packed_values", packed_values, input);
+  check_same_device(op, "crow_indices", crow_indices, input);
+  check_same_device(op, "col_indices", col_indices, input);
+  if (input.dim() < 1) throw_value_error(op, ": `input` must have at least 1 dimension, got 0");
+  check_dtype(op, "packed_values", packed_values, input.scalar_type());
+  check_dtype(op, "crow_indices", crow_indices, ScalarType::Int);
+  check_dtype(op, "col_indices", col_indices, ScalarType::Int);
+  check_dim(op, "packed_values", packed_values, 3);
+  check_dim(op, "crow_indices", crow_indices, 1);
+  check_dim(op, "col_indices", col_indices, 1);
+  check_size(op, "col_indices", col_indices, 0, packed_values.size(0));
+  const int64_t rows = packed_values.size(2), cols = packed_values.size(1);
+  if (rows < 1 || cols < 1) {
+    throw_value_error(op, ": `packed_values` must be [kept, cols, rows] with cols and rows >= 1, got ",
+                      shape_text(packed_values));
+  }
+  if (out_features < 0) {
+    throw_value_error(op, ": `out_features` must be >= 0, got ", out_features);
+  }
+  const int64_t block_rows = (out_features + rows - 1) / rows;
+  check_size(op, "crow_indices", crow_indices, 0, block_rows + 1);
+  if (bias) {
+    check_same_device(op, "bias", *bias, input);
+    check_dtype(op, "bias", *bias, input.scalar_type());
+    check_dim(op, "bias", *bias, 1);
+    check_size(op, "bias", *bias, 0, out_features);
+  }
+}
+
+inline std::vector<int64_t> output_shape(const Tensor& input, int64_t out_features) {
+  std::vector<int64_t> shape(input.sizes().begin(), input.sizes().end());
+  shape.back() = out_features;
+  return shape;
+}
+
+// The input as a matrix [samples, in_features]: the tensor itself where its rows can be walked
+// with one stride, else a copy.
+inline Tensor as_matrix(const Tensor& input) {
+  const int64_t features = input.size(input.dim() - 1);
+  if (input.dim() == 2) return with_contiguous_columns(input);
+  int64_t samples = 1;
+  for (int64_t d = 0; d + 1 < input.dim(); ++d) samples *= input.size(d);
+  return with_contiguous_columns(torch::stable::reshape(input, {samples, features}));
+}
+
+}  // namespace fastprune

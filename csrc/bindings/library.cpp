@@ -1,0 +1,32 @@
+// The schemas of all ops, and the pybind11 module `_C`, which carries what holds no tensor.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+#include <torch/csrc/stable/library.h>
+
+#include "../kernels/cpu/dispatch.h"
+#include "launch_plans.h"
+
+STABLE_TORCH_LIBRARY(fastprune, library) {
+  library.def(
+      "block_sparse_linear(Tensor input, Tensor packed_values, Tensor crow_indices, "
+      "Tensor col_indices, Tensor? bias, int out_features, str activation) -> Tensor");
+  library.def(
+      "block_sparse_linear_inference(Tensor input, Tensor packed_values, Tensor crow_indices, "
+      "Tensor col_indices, Tensor? bias, int out_features, str activation) -> Tensor");
+  library.def(
+      "ablated_cross_entropy(Tensor logits, Tensor hidden, Tensor weight, Tensor targets, "
+      "Tensor pieces, Tensor? sample_weight) -> Tensor");
+}
+
+PYBIND11_MODULE(_C, module) {
+  module.doc() = "CPU kernels of fastprune; importing it registers the ops with torch.";
+  module.attr("version") = FASTPRUNE_VERSION;
+  module.attr("compiler") = FASTPRUNE_COMPILER;
+  module.attr("built_with_torch") = FASTPRUNE_BUILT_WITH_TORCH;
+  module.attr("cuda_status") = FASTPRUNE_CUDA_STATUS;
+  module.def("built_cpu_isas", &fastprune::built_cpu_isas);
+  module.def("supported_cpu_isas", &fastprune::supported_cpu_isas);
+  module.def("cpu_isa", [] { return std::string(fastprune::cpu_kernels().isa); });
+  module.def("set_cpu_isa", &fastprune::set_cpu_isa, pybind11::arg("name"));
+  fastprune::define_launch_plans(module);
+}

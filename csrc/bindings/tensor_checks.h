@@ -1,0 +1,86 @@
+// Checks that every binding makes before a kernel sees a pointer. Each throws
+// std::invalid_argument, which reaches Python as ValueError, and names the argument, what was
+// expected and what came.
+#pragma once
+
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+
+#include <cstdint>
+#include <initializer_list>
+#include <sstream>
+#include <stdexcept>
+#include <string>
+
+#include "../kernels/types.h"
+
+namespace fastprune {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+template <class... Parts>
+[[noreturn]] void throw_value_error(const Parts&... parts) {
+  std::ostringstream message;
+  (message << ... << parts);
+  throw std::invalid_argument(message.str());
+}
+
+inline std::string shape_text(const Tensor& tensor) {
+  std::ostringstream text;
+  text << '[';
+  for (int64_t d = 0; d < tensor.dim(); ++d) text << (d ? ", " : "") << tensor.size(d);
+  text << ']';
+  return text.str();
+}
+
+inline const char* dtype_text(ScalarType dtype) { return torch::headeronly::toString(dtype); }
+
+inline void check_dtype(const char* op, const char* name, const Tensor& tensor,
+                        ScalarType expected) {
+  if (tensor.scalar_type() != expected) {
+    throw_value_error(op, ": `", name, "` must have dtype ", dtype_text(expected), ", got ",
+                      dtype_text(tensor.scalar_type()));
+  }
+}
+
+inline void check_dim(const char* op, const char* name, const Tensor& tensor, int64_t expected) {
+  if (tensor.dim() != expected) {
+    throw_value_error(op, ": `", name, "` must have ", expected, " dimensions, got shape ",
+                      shape_text(tensor));
+  }
+}
+
+inline void check_size(const char* op, const char* name, const Tensor& tensor, int64_t dim,
+                       int64_t expected) {
+  if (tensor.size(dim) != expected) {
+    throw_value_error(op, ": `", name, "` must have size ", expected, " in dimension ", dim,
+                      ", got shape ", shape_text(tensor));
+  }
+}
+
+inline void check_same_device(const char* op, const char* name, const Tensor& tensor,
+                              const Tensor& reference) {
+  const bool same = tensor.is_cpu() == reference.is_cpu() &&
+                    tensor.is_cuda() == reference.is_cuda() &&
+                    tensor.get_device_index() == reference.get_device_index();
+  if (!same) {
+    throw_value_error(op, ": `", name, "` must be on the same device as `input`");
+  }
+}
+
+// The tensor itself where the columns are contiguous, else a contiguous copy.
+inline Tensor with_contiguous_columns(const Tensor& tensor) {
+  const int64_t last = tensor.dim() - 1;
+  const bool usable = tensor.size(last) <= 1 || tensor.stride(last) == 1;
+  return usable ? tensor : torch::stable::contiguous(tensor);
+}
+
+template <class T>
+MatrixView<const T> matrix_view(const Tensor& tensor) {
+  return {static_cast<const T*>(tensor.const_data_ptr()), tensor.size(0), tensor.size(1),
+          tensor.size(0) > 1 ? tensor.stride(0) : tensor.size(1)};
+}
+
+}  // namespace fastprune

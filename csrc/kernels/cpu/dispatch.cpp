@@ -1,0 +1,97 @@
+#include "dispatch.h"
+
+#include <atomic>
+#include <cstdlib>
+#include <stdexcept>
+
+namespace fastprune {
+
+// Each kernel file is compiled once per instruction set, into a namespace of that name.
+#define FASTPRUNE_DECLARE_KERNELS(isa)                                                          \
+  namespace isa {                                                                               \
+  template <class T>                                                                            \
+  void block_sparse_linear(const BlockSparseLinearArgs<T>&, int64_t, int64_t, T*);              \
+  template <class T>                                                                            \
+  void ablated_cross_entropy_prepare(const AblatedCrossEntropyArgs<T>&, int64_t, int64_t);      \
+  template <class T>                                                                            \
+  void ablated_cross_entropy(const AblatedCrossEntropyArgs<T>&, int64_t, int64_t);              \
+  template <class T>                                                                            \
+  constexpr CpuKernelsOf<T> kTable = {block_sparse_linear<T>, ablated_cross_entropy_prepare<T>, \
+                                      ablated_cross_entropy<T>};                                \
+  }
+
+FASTPRUNE_DECLARE_KERNELS(baseline)
+#if FASTPRUNE_X86_KERNELS
+FASTPRUNE_DECLARE_KERNELS(avx2)
+FASTPRUNE_DECLARE_KERNELS(avx512)
+#endif
+
+namespace {
+
+struct Entry {
+  CpuKernels kernels;
+  bool (*supported)();
+};
+
+const Entry kEntries[] = {
+#if FASTPRUNE_X86_KERNELS
+    {{"avx512", avx512::kTable<float>, avx512::kTable<double>},
+     [] {
+       return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") &&
+              __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
+              __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+     }},
+    {{"avx2", avx2::kTable<float>, avx2::kTable<double>},
+     [] { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"); }},
+#endif
+    {{"baseline", baseline::kTable<float>, baseline::kTable<double>}, [] { return true; }},
+};
+
+std::string join(const std::vector<std::string>& names) {
+  std::string result;
+  for (const auto& name : names) result += (result.empty() ? "" : ", ") + name;
+  return result;
+}
+
+const CpuKernels& choose(const std::string& name) {
+  for (const Entry& entry : kEntries) {
+    if ((name.empty() || name == entry.kernels.isa) && entry.supported()) return entry.kernels;
+  }
+  throw std::invalid_argument("fastprune: instruction set '" + name +
+                              "' is not available; this build on this CPU has: " +
+                              join(supported_cpu_isas()));
+}
+
+std::atomic<const CpuKernels*> active{nullptr};
+
+}  // namespace
+
+const CpuKernels& cpu_kernels() {
+  const CpuKernels* kernels = active.load(std::memory_order_acquire);
+  if (kernels == nullptr) {
+    const char* forced = std::getenv("FASTPRUNE_CPU_ISA");
+    kernels = &choose(forced ? forced : "");
+    active.store(kernels, std::memory_order_release);
+  }
+  return *kernels;
+}
+
+std::vector<std::string> built_cpu_isas() {
+  std::vector<std::string> names;
+  for (const Entry& entry : kEntries) names.emplace_back(entry.kernels.isa);
+  return names;
+}
+
+std::vector<std::string> supported_cpu_isas() {
+  std::vector<std::string> names;
+  for (const Entry& entry : kEntries) {
+    if (entry.supported()) names.emplace_back(entry.kernels.isa);
+  }
+  return names;
+}
+
+void set_cpu_isa(const std::string& name) {
+  active.store(&choose(name), std::memory_order_release);
+}
+
+}  // namespace fastprune

@@ -1,0 +1,52 @@
+// One table of CPU kernels per instruction set, and the choice among them at run time.
+#pragma once
+
+#include <string>
+#include <vector>
+
+#include "../ablated_cross_entropy.h"
+#include "../block_sparse_linear.h"
+
+namespace fastprune {
+
+// Kernels of one element type. Ranges [begin, end) are positions of the work that the op's header
+// describes; the kernels know nothing of threads.
+template <class T>
+struct CpuKernelsOf {
+  // scratch: plan_block_sparse_linear(args).scratch_size() elements that no other thread uses.
+  void (*block_sparse_linear)(const BlockSparseLinearArgs<T>&, int64_t begin, int64_t end,
+                              T* scratch);
+  void (*ablated_cross_entropy_prepare)(const AblatedCrossEntropyArgs<T>&, int64_t begin,
+                                        int64_t end);
+  void (*ablated_cross_entropy)(const AblatedCrossEntropyArgs<T>&, int64_t begin, int64_t end);
+};
+
+struct CpuKernels {
+  const char* isa;
+  CpuKernelsOf<float> f32;
+  CpuKernelsOf<double> f64;
+};
+
+template <class T>
+const CpuKernelsOf<T>& kernels_of(const CpuKernels& kernels);
+template <>
+inline const CpuKernelsOf<float>& kernels_of(const CpuKernels& kernels) {
+  return kernels.f32;
+}
+template <>
+inline const CpuKernelsOf<double>& kernels_of(const CpuKernels& kernels) {
+  return kernels.f64;
+}
+
+// The best set this CPU runs, or the one forced by FASTPRUNE_CPU_ISA or set_cpu_isa.
+const CpuKernels& cpu_kernels();
+
+// Names of the sets built in, best first; supported: those this CPU runs as well.
+std::vector<std::string> built_cpu_isas();
+std::vector<std::string> supported_cpu_isas();
+
+// Forces a set by name; "" goes back to the best. Throws std::invalid_argument for a set that is
+// not built in or that this CPU does not run.
+void set_cpu_isa(const std::string& name);
+
+}  // namespace fastprune

@@ -1,0 +1,122 @@
+// Vectors of T with a compile-time number of lanes, and the elementwise functions the kernels
+// need. Written with the vector extension of GCC and Clang, so one source serves every
+// instruction set: each kernel file is compiled once per set, and the compiler picks the
+// instructions. All is in an anonymous namespace, so no AVX code is shared with another file.
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+
+#if defined(__AVX512F__)
+#define FASTPRUNE_VECTOR_BYTES 64
+#elif defined(__AVX2__)
+#define FASTPRUNE_VECTOR_BYTES 32
+#else
+#define FASTPRUNE_VECTOR_BYTES 16
+#endif
+
+namespace fastprune {
+namespace {
+
+template <class T, int Lanes>
+struct VecOf {
+  typedef T type __attribute__((vector_size(Lanes * sizeof(T))));
+};
+template <class T, int Lanes>
+using Vec = typename VecOf<T, Lanes>::type;
+
+template <class T>
+constexpr int kLanes = FASTPRUNE_VECTOR_BYTES / static_cast<int>(sizeof(T));
+
+template <class V, class T>
+inline V load(const T* source) {
+  V result;
+  __builtin_memcpy(&result, source, sizeof(V));
+  return result;
+}
+
+template <class V, class T>
+inline void store(T* target, V value) {
+  __builtin_memcpy(target, &value, sizeof(V));
+}
+
+template <class V, class T>
+inline V broadcast(T value) {
+  return value - V{};
+}
+
+template <class V>
+inline V maximum(V a, V b) {
+  return a > b ? a : b;
+}
+
+template <class V>
+inline V minimum(V a, V b) {
+  return a < b ? a : b;
+}
+
+// exp(x) - 1 with a relative error below 4e-7 for x in [-80, 80]; the caller clamps.
+// x = k ln 2 + r with |r| <= ln(2) / 2, then 2^k expm1(r) + (2^k - 1), exact in 2^k. ln 2 is
+// split in two as in Cody and Waite, Software Manual for the Elementary Functions (1980); the
+// polynomial is the Taylor series of expm1 to r^7, whose remainder at ln(2) / 2 is 6e-9.
+template <int Lanes>
+inline Vec<float, Lanes> expm1_clamped(Vec<float, Lanes> x) {
+  using Float = Vec<float, Lanes>;
+  using Int = Vec<int32_t, Lanes>;
+  constexpr float kRound = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer
+  const Float shifted = x * 1.44269504f + kRound;
+  const Float k = shifted - kRound;
+  Float r = x - k * 0.693359375f;
+  r = r - k * -2.12194440e-4f;
+  Float p = broadcast<Float>(1.0f / 5040.0f);
+  p = p * r + 1.0f / 720.0f;
+  p = p * r + 1.0f / 120.0f;
+  p = p * r + 1.0f / 24.0f;
+  p = p * r + 1.0f / 6.0f;
+  p = p * r + 0.5f;
+  p = p * (r * r) + r;
+  const Int exponent = (reinterpret_cast<const Int&>(shifted) - 0x4B400000 + 127) << 23;
+  const Float power = reinterpret_cast<const Float&>(exponent);
+  return power * p + (power - 1.0f);
+}
+
+// log(1 + x) for x > -0.95 and finite, with an absolute error below 1e-7 of max(|result|, |x|).
+// u = 1 + x loses the low bits of x; they come back as (x - (u - 1)) / u. The logarithm of the
+// mantissa m in [sqrt(1/2), sqrt(2)) is 2 atanh(s), s = (m - 1) / (m + 1), by its series to s^9.
+template <int Lanes>
+inline Vec<float, Lanes> log1p_clamped(Vec<float, Lanes> x) {
+  using Float = Vec<float, Lanes>;
+  using Int = Vec<int32_t, Lanes>;
+  const Float u = x + 1.0f;
+  const Float lost = (x - (u - 1.0f)) / u;
+  const Int bits = reinterpret_cast<const Int&>(u);
+  // 0x3F3504F3 is sqrt(1/2): the exponent is counted from there.
+  const Int exponent = (bits - 0x3F3504F3) >> 23;
+  const Int mantissa_bits = bits - (exponent << 23);
+  const Float m = reinterpret_cast<const Float&>(mantissa_bits);
+  const Float s = (m - 1.0f) / (m + 1.0f);
+  const Float z = s * s;
+  Float series = broadcast<Float>(2.0f / 9.0f);
+  series = series * z + 2.0f / 7.0f;
+  series = series * z + 2.0f / 5.0f;
+  series = series * z + 2.0f / 3.0f;
+  series = series * z + 2.0f;
+  const Float k = __builtin_convertvector(exponent, Float);
+  return (k * -2.12194440e-4f + (series * s + lost)) + k * 0.693359375f;
+}
+
+// Double takes the C library, lane by lane: it serves models in double, where accuracy counts.
+template <int Lanes>
+inline Vec<double, Lanes> expm1_clamped(Vec<double, Lanes> x) {
+  for (int lane = 0; lane < Lanes; ++lane) x[lane] = ::expm1(x[lane]);
+  return x;
+}
+
+template <int Lanes>
+inline Vec<double, Lanes> log1p_clamped(Vec<double, Lanes> x) {
+  for (int lane = 0; lane < Lanes; ++lane) x[lane] = ::log1p(x[lane]);
+  return x;
+}
+
+}  // namespace
+}  // namespace fastprune

@@ -1,0 +1,14 @@
+#pragma once
+
+#include <cuda_runtime_api.h>
+
+#include "../block_sparse_linear.h"
+
+namespace fastprune {
+
+// Queues the kernel on `stream` and returns at once. cudaErrorInvalidConfiguration: more thread
+// blocks than one grid holds.
+cudaError_t launch_block_sparse_linear(const BlockSparseLinearArgs<float>& args,
+                                       cudaStream_t stream);
+
+}  // namespace fastprune
