@@ -1,0 +1,51 @@
+"""fastprune: make trained PyTorch models smaller and really faster.
+
+Score every piece of a model by the exact change of the loss when it is masked, prune what matters least
+in blocks, recover by distillation, and swap in block-sparse layers whose sparsity is wall-clock speed.
+"""
+
+from . import ops, reference
+from ._library import build_info, cpu_isa, set_cpu_isa, supported_cpu_isas
+from .block_sparse import BlockSparseTensor
+from .compress import CompressionResult, compress
+from .distillation import distill
+from .granularity import Block, Element, Granularity, Unit
+from .importance import ImportanceScores, score
+from .masks import Budget, Masks, apply_masks_, remove_masks_
+from .metrics import Comparison, compare, evaluate
+from .modules import BlockSparseLinear, explain, sparsify_
+from .serialization import load, save
+
+__version__ = str(build_info()["fastprune"])
+
+__all__ = [
+    "Block",
+    "BlockSparseLinear",
+    "BlockSparseTensor",
+    "Budget",
+    "Comparison",
+    "CompressionResult",
+    "Element",
+    "Granularity",
+    "ImportanceScores",
+    "Masks",
+    "Unit",
+    "__version__",
+    "apply_masks_",
+    "build_info",
+    "compare",
+    "compress",
+    "cpu_isa",
+    "distill",
+    "evaluate",
+    "explain",
+    "load",
+    "ops",
+    "reference",
+    "remove_masks_",
+    "save",
+    "score",
+    "set_cpu_isa",
+    "sparsify_",
+    "supported_cpu_isas",
+]

@@ -1,0 +1,218 @@
+"""Reading loaders: every form of batch as one type, and the loss as sums over samples."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
+
+LossFunction = Callable[[Any, Any], Tensor]
+OutputTransform = Callable[[Any], Any]
+
+
+class Batch(NamedTuple):
+    """One batch: what the model is called with, and what its output is compared with."""
+
+    args: tuple
+    kwargs: dict[str, Any]
+    targets: Any
+    size: int
+
+    def call(self, model: Callable[..., Any]) -> Any:
+        """Call the model with the inputs of the batch."""
+        return model(*self.args, **self.kwargs)
+
+    def head(self, size: int) -> Batch:
+        """Return the first ``size`` samples."""
+        if size >= self.size:
+            return self
+
+        def cut(tensor: Tensor) -> Tensor:
+            has_samples = tensor.dim() > 0 and tensor.shape[0] == self.size
+            return tensor[:size] if has_samples else tensor
+
+        args, kwargs, targets = tree_map_only(Tensor, cut, (self.args, self.kwargs, self.targets))
+        return Batch(args, kwargs, targets, size)
+
+    def to(self, device: torch.device) -> Batch:
+        """Return the batch on a device."""
+        args, kwargs, targets = tree_map_only(
+            Tensor, lambda tensor: tensor.to(device), (self.args, self.kwargs, self.targets)
+        )
+        return Batch(args, kwargs, targets, self.size)
+
+
+def _describe(batch: Any) -> str:
+    if isinstance(batch, Mapping):
+        return f"a dict with the keys {sorted(map(str, batch))}"
+    if isinstance(batch, (tuple, list)):
+        return f"a {type(batch).__name__} of length {len(batch)}"
+    return f"a {type(batch).__name__}"
+
+
+def read_batch(batch: Any) -> Batch:
+    """Return a loader's batch as a :class:`Batch`.
+
+    Raises:
+        TypeError: it is neither ``(inputs, targets)`` nor a dict with ``labels``.
+
+    """
+    if isinstance(batch, Mapping) and "labels" in batch:
+        inputs: Any = {key: value for key, value in batch.items() if key != "labels"}
+        targets = batch["labels"]
+    elif isinstance(batch, (tuple, list)) and len(batch) == 2:
+        inputs, targets = batch
+    else:
+        raise TypeError(
+            f"`loader` must yield (inputs, targets) or dicts with a 'labels' key, got {_describe(batch)}"
+        )
+    args: tuple = ()
+    kwargs: dict[str, Any] = {}
+    if isinstance(inputs, Mapping):
+        kwargs = dict(inputs)
+    elif isinstance(inputs, (tuple, list)):
+        args = tuple(inputs)
+    else:
+        args = (inputs,)
+    tensors = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor) and value.dim() > 0]
+    if not tensors:
+        raise TypeError("`loader` must yield inputs that hold a tensor with a batch dimension, got none")
+    return Batch(args, kwargs, targets, tensors[0].shape[0])
+
+
+def iterate_batches(
+    loader: Iterable[Any], device: torch.device, max_samples: int | None = None
+) -> Iterator[Batch]:
+    """Yield the batches of a loader on a device, the last cut at ``max_samples``.
+
+    Raises:
+        TypeError: ``loader`` is no iterable, or yields something else than batches.
+        ValueError: it yields nothing, or ``max_samples`` is below 1.
+
+    """
+    if not isinstance(loader, Iterable):
+        raise TypeError(f"`loader` must be an iterable of batches, got {type(loader).__name__}")
+    if isinstance(loader, Tensor):
+        raise TypeError("`loader` must be an iterable of batches, got a tensor")
+    if max_samples is not None and max_samples < 1:
+        raise ValueError(f"`max_samples` must be at least 1, got {max_samples}")
+    seen = 0
+    for raw in loader:
+        batch = read_batch(raw)
+        if batch.size == 0:
+            continue
+        if max_samples is not None:
+            batch = batch.head(max_samples - seen)
+        seen += batch.size
+        yield batch.to(device)
+        if max_samples is not None and seen >= max_samples:
+            return
+    if seen == 0:
+        raise ValueError("`loader` must yield at least one sample, got none")
+
+
+def model_device(model: nn.Module) -> torch.device:
+    """Return the device of a model's first parameter or buffer, the CPU where there is none."""
+    for tensor in (*model.parameters(), *model.buffers()):
+        return tensor.device
+    return torch.device("cpu")
+
+
+def read_logits(output: Any, output_transform: OutputTransform | None) -> Any:
+    """Return what the loss takes out of a model's output: a tensor, or the ``logits`` of a structure.
+
+    Raises:
+        TypeError: the output is neither, and there is no ``output_transform``.
+
+    """
+    if output_transform is not None:
+        return output_transform(output)
+    if isinstance(output, Tensor):
+        return output
+    logits = output.get("logits") if isinstance(output, Mapping) else getattr(output, "logits", None)
+    if isinstance(logits, Tensor):
+        return logits
+    raise TypeError(
+        f"the model returned a {type(output).__name__} without `logits`; "
+        "pass `output_transform` to pick the logits out of it"
+    )
+
+
+def count_correct(logits: Any, targets: Any, ignore_index: int) -> tuple[int, int]:
+    """Return how many targets the largest logit names, and how many there are; 0, 0 for no classes."""
+    if not isinstance(logits, Tensor) or not isinstance(targets, Tensor):
+        return 0, 0
+    if logits.shape == targets.shape:  # binary, or probabilities of classes
+        return int(((logits > 0) == (targets > 0.5)).sum()), targets.numel()
+    if targets.is_floating_point() or logits.dim() < 2:
+        return 0, 0
+    kept = targets != ignore_index
+    return int((logits.argmax(1) == targets)[kept].sum()), int(kept.sum())
+
+
+class Loss:
+    """A loss function as values per sample and the weight they are divided by.
+
+    The mean loss of a data set is the sum of all values over the sum of all weights, so it does not
+    depend on how the samples were cut into batches.
+    """
+
+    def __init__(self, loss_fn: LossFunction | None = None) -> None:
+        if loss_fn is not None and not callable(loss_fn):
+            raise TypeError(f"`loss_fn` must be callable as loss_fn(outputs, targets), got {loss_fn!r}")
+        self.loss_fn = loss_fn
+
+    @property
+    def is_plain_cross_entropy(self) -> bool:
+        """Whether this is cross-entropy without label smoothing or class weights."""
+        if isinstance(self.loss_fn, nn.CrossEntropyLoss):
+            return self.loss_fn.label_smoothing == 0.0 and self.loss_fn.weight is None
+        return self.loss_fn is None
+
+    @property
+    def ignore_index(self) -> int:
+        """The target that cross-entropy leaves out."""
+        return getattr(self.loss_fn, "ignore_index", -100)
+
+    def __call__(self, logits: Any, targets: Any, size: int) -> tuple[Tensor, float]:
+        """Return values in float64 and the weight of the batch.
+
+        The values are one per sample or element, or a single one: the batch's sum.
+
+        Raises:
+            ValueError: the loss is neither a scalar nor one value per sample.
+
+        """
+        if self.loss_fn is None or isinstance(self.loss_fn, nn.CrossEntropyLoss):
+            return self._cross_entropy(logits, targets)
+        values = self.loss_fn(logits, targets)
+        if values.dim() == 0:
+            return values.double() * size, float(size)
+        if values.shape != (size,):
+            raise ValueError(
+                f"`loss_fn` must return a mean or one value for each of {size} samples, "
+                f"got shape {list(values.shape)}"
+            )
+        return values.double(), float(size)
+
+    def _cross_entropy(self, logits: Tensor, targets: Tensor) -> tuple[Tensor, float]:
+        class_weight: Tensor | None = getattr(self.loss_fn, "weight", None)
+        # In float64 a well-classified sample's loss keeps its digits.
+        values = F.cross_entropy(
+            logits.double(),
+            targets.double() if targets.is_floating_point() else targets,
+            weight=None if class_weight is None else class_weight.double(),
+            ignore_index=self.ignore_index,
+            label_smoothing=getattr(self.loss_fn, "label_smoothing", 0.0),
+            reduction="none",
+        )
+        if targets.is_floating_point():
+            return values.flatten(), float(values.numel())
+        kept = targets != self.ignore_index
+        if class_weight is None:
+            return values.flatten(), float(kept.sum())
+        return values.flatten(), float(class_weight[targets[kept]].sum(dtype=torch.float64))

@@ -1,0 +1,293 @@
+"""compress: rounds of score, prune and distil, and one conversion at the end."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import dataclasses
+import json
+import os
+import random
+import time
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from .batches import LossFunction, OutputTransform, iterate_batches, model_device
+from .distillation import OptimizerFactory, distill
+from .granularity import Block, Granularity, check_granularity
+from .importance import score
+from .masks import Masks, apply_masks_, check_sparsity, remove_masks_
+from .metrics import evaluate
+from .modules import sparsify_
+from .serialization import load, save, write_atomically
+
+
+@dataclasses.dataclass
+class CompressionResult:
+    """What :func:`compress` gives.
+
+    Attributes:
+        model: the compressed copy.
+        history: one dict per round that counts: ``round``, ``target_sparsity``, ``sparsity``,
+            ``accuracy``, ``loss``, ``train_loss``, ``seconds`` and ``layers`` (layer name to sparsity).
+        dense_accuracy: of the model before, on the same validation loader.
+
+    """
+
+    model: nn.Module
+    history: list[dict[str, Any]]
+    dense_accuracy: float
+
+
+@contextlib.contextmanager
+def _own_generators() -> Iterator[None]:
+    """Give the caller's random generators back as they were."""
+    python_state, numpy_state = random.getstate(), np.random.get_state()
+    with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
+        try:
+            yield
+        finally:
+            random.setstate(python_state)
+            np.random.set_state(numpy_state)
+
+
+def _seed_round(seed: int, round_index: int) -> None:
+    value = (seed * 1_000_003 + round_index) % 2**32
+    random.seed(value)
+    np.random.seed(value)
+    torch.manual_seed(value)
+
+
+def round_sparsity(sparsity: float, rounds: int, round_index: int) -> float:
+    """Return the target of a round: each keeps the same share of what the round before left."""
+    return 1.0 - (1.0 - sparsity) ** ((round_index + 1) / rounds)
+
+
+class _Checkpoints:
+    """Finished rounds in a directory: a model file each, and one JSON file that commits them."""
+
+    def __init__(self, directory: str | os.PathLike[str] | None, settings: dict[str, Any]) -> None:
+        self.directory = None if directory is None else Path(directory)
+        self.settings = settings
+        if self.directory is not None:
+            self.directory.mkdir(parents=True, exist_ok=True)
+
+    def _model_path(self, round_index: int) -> Path:
+        assert self.directory is not None
+        return self.directory / f"round_{round_index:03d}.safetensors"
+
+    def history(self) -> list[dict[str, Any]]:
+        """Return the finished rounds."""
+        state_path = None if self.directory is None else self.directory / "state.json"
+        if state_path is None or not state_path.exists():
+            return []
+        try:
+            state = json.loads(state_path.read_text())
+            settings, history = state["settings"], state["history"]
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(f"`checkpoint_dir` holds a damaged {state_path.name}: {error}") from error
+        if settings != self.settings:
+            different = sorted(key for key in self.settings if settings.get(key) != self.settings[key])
+            raise ValueError(
+                f"`checkpoint_dir` holds a run with other arguments ({', '.join(different)}); "
+                "pass an empty directory or the same arguments"
+            )
+        return history
+
+    def load(self, round_index: int, fresh: nn.Module) -> nn.Module:
+        """Return the student as it was after a round."""
+        return load(self._model_path(round_index), fresh)
+
+    def commit(self, student: nn.Module, history: list[dict[str, Any]]) -> None:
+        """Write the last round; it counts once the JSON file names it."""
+        if self.directory is None:
+            return
+        save(student, self._model_path(len(history) - 1))
+        text = json.dumps({"settings": self.settings, "history": history}, indent=1)
+        write_atomically(self.directory / "state.json", lambda path: path.write_text(text))
+
+
+def compress(
+    model: nn.Module,
+    train_loader: Iterable[Any],
+    val_loader: Iterable[Any],
+    *,
+    sparsity: float = 0.75,
+    rounds: int = 5,
+    epochs: int = 1,
+    granularity: Granularity = Block(16, 16),  # noqa: B008  frozen
+    criterion: str = "loss_delta",
+    scope: str = "global",
+    teacher: str = "original",
+    temperature: float = 2.0,
+    hard_label_weight: float = 0.5,
+    loss_fn: LossFunction | None = None,
+    output_transform: OutputTransform | None = None,
+    optimizer: OptimizerFactory | None = None,
+    example_inputs: Any = None,
+    max_samples: int | None = None,
+    max_accuracy_drop: float | None = None,
+    checkpoint_dir: str | os.PathLike[str] | None = None,
+    seed: int = 0,
+    progress: bool = True,
+) -> CompressionResult:
+    """Compress a copy of a model: in each round score it, prune the lowest pieces, and distil.
+
+    The sparsity grows so that each round keeps the same share of what is left. At the end, block masks
+    become block-sparse layers where those are faster (:func:`sparsify_`), other masks plain zeros.
+
+    Example:
+        >>> result = fp.compress(model, train_loader, val_loader, sparsity=0.75, rounds=5)
+        >>> result.history[-1]["accuracy"], result.history[-1]["sparsity"]
+        (0.975, 0.75)
+
+    Args:
+        model: trained; it is not changed.
+        train_loader: batches for scoring and distillation; iterated several times.
+        val_loader: batches for accuracy.
+        sparsity: share of the weights to prune in the end, in [0, 1).
+        rounds: at least 1.
+        epochs: distillation epochs of each round.
+        granularity: what a piece is.
+        criterion: see :func:`score`.
+        scope: see :meth:`ImportanceScores.select`.
+        teacher: "original" (the model itself) or "previous" (the student of the round before).
+        temperature: see :func:`distill`.
+        hard_label_weight: see :func:`distill`.
+        loss_fn: see :func:`score`.
+        output_transform: see :func:`score`.
+        optimizer: a function from parameters to an optimizer, called each round; None for AdamW, 1e-3.
+        example_inputs: for :func:`sparsify_`; None for the first batch of ``val_loader``.
+        max_samples: how many samples of ``train_loader`` each scoring reads.
+        max_accuracy_drop: stop, and return the round before, when the validation accuracy falls by more
+            than this below the dense model's (0.01 is one percentage point).
+        checkpoint_dir: where finished rounds are kept; a call with the same arguments goes on from there.
+        seed: seeds Python's, NumPy's and torch's generators for each round; yours are left as they were.
+        progress: whether progress bars are shown.
+
+    Raises:
+        ValueError: an argument is out of range, or ``checkpoint_dir`` holds a run with other arguments.
+        TypeError: an argument is of the wrong kind.
+
+    """
+    check_sparsity(sparsity)
+    check_granularity(granularity)
+    if rounds < 1:
+        raise ValueError(f"`rounds` must be at least 1, got {rounds}")
+    if teacher not in ("original", "previous"):
+        raise ValueError(f"`teacher` must be 'original' or 'previous', got {teacher!r}")
+    if optimizer is not None and (isinstance(optimizer, torch.optim.Optimizer) or not callable(optimizer)):
+        raise TypeError(
+            f"`optimizer` must be a function from parameters to an optimizer, got {type(optimizer).__name__}"
+        )
+    if max_accuracy_drop is not None and max_accuracy_drop < 0:
+        raise ValueError(f"`max_accuracy_drop` must not be negative, got {max_accuracy_drop}")
+    settings = {
+        "sparsity": sparsity,
+        "rounds": rounds,
+        "epochs": epochs,
+        "granularity": repr(granularity),
+        "criterion": criterion,
+        "scope": scope,
+        "teacher": teacher,
+        "temperature": temperature,
+        "hard_label_weight": hard_label_weight,
+        "max_samples": max_samples,
+        "max_accuracy_drop": max_accuracy_drop,
+        "seed": seed,
+    }
+    checkpoints = _Checkpoints(checkpoint_dir, settings)
+    history = checkpoints.history()
+    dense_accuracy = evaluate(model, val_loader, loss_fn=loss_fn, output_transform=output_transform)[
+        "accuracy"
+    ]
+
+    def too_low(entry: dict[str, Any]) -> bool:
+        return max_accuracy_drop is not None and dense_accuracy - entry["accuracy"] > max_accuracy_drop
+
+    original = copy.deepcopy(model)
+    student = copy.deepcopy(model)
+    before_round: nn.Module | None = None
+    if history:
+        if too_low(history[-1]) and len(history) > 1:
+            before_round = checkpoints.load(len(history) - 2, copy.deepcopy(model))
+        student = checkpoints.load(len(history) - 1, student)
+    with _own_generators():
+        for round_index in range(len(history), rounds):
+            if history and too_low(history[-1]):
+                break
+            _seed_round(seed, round_index)
+            start = time.perf_counter()
+            before_round = copy.deepcopy(student)
+            target = round_sparsity(sparsity, rounds, round_index)
+            scores = score(
+                student,
+                train_loader,
+                criterion=criterion,
+                granularity=granularity,
+                loss_fn=loss_fn,
+                output_transform=output_transform,
+                max_samples=max_samples,
+                progress=progress,
+            )
+            masks = scores.select(sparsity=target, scope=scope)
+            apply_masks_(student, masks)
+            trained = distill(
+                student,
+                original if teacher == "original" else before_round,
+                train_loader,
+                epochs=epochs,
+                temperature=temperature,
+                hard_label_weight=hard_label_weight,
+                optimizer=optimizer,
+                loss_fn=loss_fn,
+                output_transform=output_transform,
+                progress=progress,
+            )
+            figures = evaluate(student, val_loader, loss_fn=loss_fn, output_transform=output_transform)
+            history.append(_entry(round_index, target, masks, figures, trained, time.perf_counter() - start))
+            checkpoints.commit(student, history)
+
+    if history and too_low(history[-1]):
+        student = before_round if before_round is not None else copy.deepcopy(model)
+        history = history[:-1]
+    _convert(student, granularity, example_inputs, val_loader)
+    return CompressionResult(student, history, dense_accuracy)
+
+
+def _entry(
+    round_index: int,
+    target: float,
+    masks: Masks,
+    figures: dict[str, float],
+    trained: list[dict[str, float]],
+    seconds: float,
+) -> dict[str, Any]:
+    return {
+        "round": round_index,
+        "target_sparsity": target,
+        "sparsity": masks.sparsity(),
+        "accuracy": figures["accuracy"],
+        "loss": figures["loss"],
+        "train_loss": trained[-1]["loss"],
+        "seconds": seconds,
+        "layers": {name: masks.sparsity(name) for name in masks},
+    }
+
+
+def _convert(
+    student: nn.Module, granularity: Granularity, example_inputs: Any, val_loader: Iterable[Any]
+) -> None:
+    """Turn masks into what runs: block-sparse layers for blocks, plain zeros for the rest."""
+    if not isinstance(granularity, Block):
+        remove_masks_(student)
+        return
+    if example_inputs is None:
+        batch = next(iterate_batches(val_loader, model_device(student)))
+        example_inputs = batch.kwargs or batch.args
+    sparsify_(student, example_inputs=example_inputs, blocksize=(granularity.rows, granularity.cols))

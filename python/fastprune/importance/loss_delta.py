@@ -1,0 +1,327 @@
+"""Exact loss deltas: the change of the loss when one piece is masked.
+
+Three ways, each exact, the first that applies:
+  fused    the last Linear, or units before it through an elementwise activation: one kernel for all masks
+  suffix   a traced model: the masked layer's output is updated, and only what depends on it runs again
+  forward  any model: the whole model runs with the masked weight
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.nn.utils import parametrize
+
+from .. import ops
+from ..batches import Batch, Loss, OutputTransform, read_logits
+from ..granularity import Block, Element, Granularity, Unit, weight_from_taps, weight_of
+from ..graph import TracedModel
+
+Advance = Callable[[int], None]
+
+
+class LossDeltas:
+    """Sums of loss deltas over batches, for the layers of one model.
+
+    Args:
+        model: in eval mode.
+        layers: name to Linear or Conv2d.
+        granularity: Block, Unit or Element.
+        loss: how samples are weighed.
+        output_transform: picks the logits out of the output, or None.
+        traced: the traced model, or None.
+        norms: layer name to the name of the batch norm whose channels go with units.
+        advance: called with the number of pieces that were scored.
+
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        layers: dict[str, nn.Module],
+        granularity: Granularity,
+        loss: Loss,
+        output_transform: OutputTransform | None,
+        traced: TracedModel | None,
+        norms: dict[str, str],
+        advance: Advance,
+    ) -> None:
+        self.model = model
+        self.layers = layers
+        self.granularity = granularity
+        self.loss = loss
+        self.output_transform = output_transform
+        self.traced = traced
+        self.norms = norms
+        self.advance = advance
+        # An element is a block of one; its scores are put back into the weight's shape at the end.
+        self.pieces = Block(1, 1) if isinstance(granularity, Element) else granularity
+        self.sums = {
+            name: torch.zeros(self.pieces.shape(weight_of(module).shape).numel(), dtype=torch.float64)
+            for name, module in layers.items()
+        }
+        self.loss_sum = 0.0
+        self.total_weight = 0.0
+
+    @torch.no_grad()
+    def add(self, batch: Batch) -> None:
+        """Add the deltas of one batch.
+
+        Raises:
+            ValueError: the loss, or the delta of a layer, is NaN or inf; the message names the layer.
+
+        """
+        values = self.traced.run(batch) if self.traced is not None else None
+        output = batch.call(self.model) if values is None else values[self.traced.output_node]  # type: ignore[union-attr]
+        logits = read_logits(output, self.output_transform)
+        losses, weight = self.loss(logits, batch.targets, batch.size)
+        if not bool(losses.isfinite().all()):
+            raise ValueError(f"the loss is NaN or inf{self._where_not_finite(values)}")
+        self.loss_sum += float(losses.sum())
+        self.total_weight += weight
+        for name, module in self.layers.items():
+            deltas = self._fused(name, module, batch, values, logits)
+            if deltas is None:
+                deltas = self._one_by_one(name, module, batch, values, losses)
+            else:
+                self.advance(len(deltas))
+            if not bool(deltas.isfinite().all()):
+                raise ValueError(f"the loss is NaN or inf when a piece of layer '{name}' is masked")
+            self.sums[name] += deltas.cpu()
+
+    def result(self) -> dict[str, Tensor]:
+        """Return the mean deltas in the granularity's shape.
+
+        Raises:
+            ValueError: every target was left out by ``ignore_index``.
+
+        """
+        if self.total_weight == 0:
+            raise ValueError("the loss has no target to average over: all are `ignore_index`")
+        scores = {}
+        for name, sums in self.sums.items():
+            shape = weight_of(self.layers[name]).shape
+            layer = (sums / self.total_weight).view(self.pieces.shape(shape))
+            if isinstance(self.granularity, Element):
+                layer = weight_from_taps(layer.view(shape[0], -1, shape[1]), shape).contiguous()
+            scores[name] = layer
+        return scores
+
+    def _where_not_finite(self, values: dict[fx.Node, Any] | None) -> str:
+        for name, module in self.layers.items():
+            if not bool(weight_of(module).isfinite().all()):
+                return f": layer '{name}' has such weights"
+        for node, value in (values or {}).items():
+            if node.op == "call_module" and isinstance(value, Tensor) and not bool(value.isfinite().all()):
+                return f": layer '{node.target}' is the first with such outputs"
+        return " for a batch of `loader`"
+
+    # -- fused ---------------------------------------------------------------------------------------
+
+    def _fused(
+        self,
+        name: str,
+        module: nn.Module,
+        batch: Batch,
+        values: dict[fx.Node, Any] | None,
+        logits: Tensor,
+    ) -> Tensor | None:
+        """Deltas by the fused kernel, or None where it does not apply."""
+        traced = self.traced
+        targets = batch.targets
+        if (
+            traced is None
+            or values is None
+            or not self.loss.is_plain_cross_entropy
+            or self.output_transform is not None
+            or not isinstance(targets, Tensor)
+            or targets.dtype != torch.int64
+            or targets.dim() != 1
+            or logits.dim() != 2
+            or logits.is_cuda
+            or logits.dtype not in (torch.float32, torch.float64)
+        ):
+            return None
+        last_node = traced.output_node.args[0]
+        last = traced.module_of(last_node) if isinstance(last_node, fx.Node) else None
+        node = traced.single_call(module)
+        if not isinstance(last, nn.Linear) or node is None:
+            return None
+        assert isinstance(last_node, fx.Node)
+        if traced.single_call(last) is not last_node:
+            return None
+        hidden = values[last_node.all_input_nodes[0]]
+        if hidden.dim() != 2 or hidden.dtype != logits.dtype:
+            return None
+        classes, features = last.weight.shape
+        weight = last.weight
+        if module is last:
+            if isinstance(self.pieces, Block):
+                pieces = _block_rectangles(self.pieces, last.weight.shape)
+            else:
+                # A unit's bias goes with its row: one more column of weights, whose input is 1.
+                bias = last.bias if last.bias is not None else weight.new_zeros(classes)
+                weight = torch.cat([weight, bias[:, None]], dim=1)
+                hidden = torch.cat([hidden, hidden.new_ones(len(hidden), 1)], dim=1)
+                pieces = [(c, c + 1, 0, features + 1) for c in range(classes)]
+        else:
+            if not isinstance(self.pieces, Unit):
+                return None
+            start = self._unit_node(name, node)
+            chain = _elementwise_chain(traced, start, last_node)
+            if chain is None or values[start].shape != hidden.shape:
+                return None
+            hidden = hidden - traced.run_chain(chain, hidden.new_zeros(1, features))
+            pieces = [(0, classes, j, j + 1) for j in range(features)]
+        kept = targets != self.loss.ignore_index
+        return ops.ablated_cross_entropy(
+            logits,
+            hidden,
+            weight,
+            torch.where(kept, targets, 0),
+            torch.tensor(pieces, dtype=torch.int32).view(-1, 4),
+            None if bool(kept.all()) else kept.to(logits.dtype),
+        )
+
+    # -- suffix and forward --------------------------------------------------------------------------
+
+    def _one_by_one(
+        self,
+        name: str,
+        module: nn.Module,
+        batch: Batch,
+        values: dict[fx.Node, Any] | None,
+        losses: Tensor,
+    ) -> Tensor:
+        """Deltas by one masked suffix, or one masked forward, for each piece."""
+        node = self.traced.single_call(module) if self.traced is not None else None
+        if node is not None and values is not None:
+            outputs = self._masked_suffixes(name, module, node, values)
+        else:
+            outputs = self._masked_forwards(name, module, batch)
+        deltas = torch.zeros_like(self.sums[name])
+        for index, output in enumerate(outputs):
+            if output is not None:
+                logits = read_logits(output, self.output_transform)
+                masked_losses, _ = self.loss(logits, batch.targets, batch.size)
+                deltas[index] = float((masked_losses - losses).sum())
+            self.advance(1)
+        return deltas
+
+    def _unit_node(self, name: str, node: fx.Node) -> fx.Node:
+        """The node whose channel a masked unit sets to zero: the layer, or the batch norm after it."""
+        assert self.traced is not None
+        return (self.traced.batch_norm_of(node) or node) if name in self.norms else node
+
+    def _masked_suffixes(
+        self, name: str, module: nn.Module, node: fx.Node, values: dict[fx.Node, Any]
+    ) -> Iterator[Any]:
+        """The model's output for each piece masked; None where masking changes nothing."""
+        traced = self.traced
+        assert traced is not None
+        weight = weight_of(module)
+        if isinstance(self.pieces, Unit):
+            start = self._unit_node(name, node)
+            channel_dim = -1 if isinstance(module, nn.Linear) else -3
+            for unit in range(weight.shape[0]):
+                if not bool(values[start].select(channel_dim, unit).any()):
+                    yield None
+                    continue
+                masked = values[start].clone()
+                masked.select(channel_dim, unit).zero_()
+                yield traced.run_suffix(values, start, masked)
+            return
+        x, z = values[node.args[0]], values[node]  # type: ignore[index]
+        if not isinstance(module, nn.Linear):
+            for masked_weight in _masked_weights(self.pieces, weight):
+                if masked_weight is None:
+                    yield None
+                    continue
+                masked = torch.func.functional_call(
+                    module, {_parameter_name(module, "weight"): masked_weight}, (x,)
+                )
+                yield traced.run_suffix(values, node, masked)
+            return
+        for row_begin, row_end, col_begin, col_end in _block_rectangles(self.pieces, weight.shape):
+            block = weight[row_begin:row_end, col_begin:col_end]
+            if not bool(block.any()):
+                yield None
+                continue
+            masked = z.clone()
+            masked[..., row_begin:row_end] -= x[..., col_begin:col_end] @ block.T
+            yield traced.run_suffix(values, node, masked)
+
+    def _masked_forwards(self, name: str, module: nn.Module, batch: Batch) -> Iterator[Any]:
+        """The same by running the whole model with replaced parameters; the model is not touched."""
+
+        def run(replaced: dict[str, Tensor]) -> Any:
+            return torch.func.functional_call(self.model, replaced, batch.args, batch.kwargs)
+
+        if isinstance(self.pieces, Unit):
+            owners = [(name, module)]
+            if name in self.norms:
+                owners.append((self.norms[name], self.model.get_submodule(self.norms[name])))
+            for unit in range(weight_of(module).shape[0]):
+                replaced = {}
+                for owner_name, owner in owners:
+                    for parameter in ("weight", "bias"):
+                        tensor = getattr(owner, parameter)
+                        if tensor is not None:
+                            masked = tensor.clone()
+                            masked[unit] = 0
+                            replaced[_qualified(owner_name, _parameter_name(owner, parameter))] = masked
+                yield run(replaced)
+            return
+        parameter = _qualified(name, _parameter_name(module, "weight"))
+        for masked_weight in _masked_weights(self.pieces, weight_of(module)):
+            yield None if masked_weight is None else run({parameter: masked_weight})
+
+
+def _qualified(module_name: str, parameter: str) -> str:
+    return f"{module_name}.{parameter}" if module_name else parameter
+
+
+def _parameter_name(module: nn.Module, parameter: str) -> str:
+    """The name under which functional_call replaces a parameter, parametrized or not."""
+    if parametrize.is_parametrized(module, parameter):
+        return f"parametrizations.{parameter}.original"
+    return parameter
+
+
+def _masked_weights(pieces: Granularity, weight: Tensor) -> Iterator[Tensor | None]:
+    """The weight with one piece zeroed, for each piece; None where the piece is zero already."""
+    shape = pieces.shape(weight.shape)
+    nonzero = pieces.sum_pieces((weight != 0).long()).flatten().tolist()
+    for index in range(shape.numel()):
+        if not nonzero[index]:
+            yield None
+            continue
+        piece = torch.zeros(shape.numel(), dtype=torch.bool, device=weight.device)
+        piece[index] = True
+        yield weight.masked_fill(pieces.expand(piece.view(shape), weight.shape), 0.0)
+
+
+def _block_rectangles(block: Granularity, weight_shape: torch.Size) -> list[tuple[int, int, int, int]]:
+    """The blocks of a Linear weight as row_begin, row_end, col_begin, col_end, row-major."""
+    assert isinstance(block, Block)
+    out_features, in_features = weight_shape
+    return [
+        (row, min(row + block.rows, out_features), col, min(col + block.cols, in_features))
+        for row in range(0, out_features, block.rows)
+        for col in range(0, in_features, block.cols)
+    ]
+
+
+def _elementwise_chain(traced: TracedModel, start: fx.Node, end: fx.Node) -> list[fx.Node] | None:
+    """The elementwise nodes between two nodes, or None where anything else lies between them."""
+    chain = []
+    node = traced.only_consumer(start)
+    while node is not None and node is not end:
+        if not traced.is_elementwise(node):
+            return None
+        chain.append(node)
+        node = traced.only_consumer(node)
+    return chain if node is end else None

@@ -1,0 +1,148 @@
+"""ImportanceScores: what a criterion found, and the selection of masks from it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+
+import torch
+from torch import Tensor
+
+from ..granularity import Granularity
+from ..masks import Budget, Masks, check_sparsity, select_pieces
+
+
+class ImportanceScores(Mapping[str, Tensor]):
+    """Layer name to a float64 tensor of scores in the granularity's shape; larger matters more.
+
+    Example:
+        >>> scores = fp.score(model, loader, granularity=fp.Block(16, 16))
+        >>> scores["encoder.0"].shape
+        torch.Size([64, 64])
+        >>> masks = scores.select(sparsity=0.75)
+
+    Attributes:
+        granularity: what a piece is.
+        criterion: the name of the criterion.
+        loss: the mean loss of the unmasked model, None where the criterion needs none.
+        num_samples: samples that were read.
+        pruned: layer name to bool tensor, True for pieces that were masked already when scored. They
+            are selected before all others, so that a pruned piece stays pruned in later rounds.
+
+    """
+
+    def __init__(
+        self,
+        scores: Mapping[str, Tensor],
+        *,
+        granularity: Granularity,
+        criterion: str,
+        weight_shapes: Mapping[str, torch.Size],
+        pruned: Mapping[str, Tensor],
+        norms: Mapping[str, str],
+        weight_uses: Mapping[str, float] | None,
+        element_sizes: Mapping[str, int],
+        loss: float | None,
+        num_samples: int,
+    ) -> None:
+        for name, layer in scores.items():
+            if not bool(layer.isfinite().all()):
+                raise ValueError(
+                    f"criterion '{criterion}' gave NaN or inf for layer '{name}': check the model's weights "
+                    "and the data for NaN, inf or very large values"
+                )
+        self._scores = dict(scores)
+        self.granularity = granularity
+        self.criterion = criterion
+        self.weight_shapes = dict(weight_shapes)
+        self.pruned = dict(pruned)
+        self.norms = dict(norms)
+        self.weight_uses = None if weight_uses is None else dict(weight_uses)
+        self.element_sizes = dict(element_sizes)
+        self.loss = loss
+        self.num_samples = num_samples
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self._scores[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._scores)
+
+    def __len__(self) -> int:
+        return len(self._scores)
+
+    def _costs(self, cost: str) -> dict[str, Tensor]:
+        """Return the cost of each piece: its weights times what one weight costs in its layer."""
+        costs = {}
+        for name in self:
+            sizes = self.granularity.sizes(self.weight_shapes[name]).double()
+            if cost == "flops":
+                if self.weight_uses is None:
+                    raise ValueError("Budget(flops=...) needs scores that were made with a loader")
+                sizes *= self.weight_uses[name]
+            elif cost == "bytes":
+                sizes *= self.element_sizes[name]
+            costs[name] = sizes
+        return costs
+
+    def select(
+        self,
+        *,
+        sparsity: float | None = None,
+        threshold: float | None = None,
+        budget: Budget | None = None,
+        scope: str = "global",
+    ) -> Masks:
+        """Return masks that drop the lowest scores; exactly one of the first three is given.
+
+        Example:
+            >>> masks = scores.select(sparsity=0.75, scope="global")
+            >>> masks.sparsity()
+            0.75
+
+        Args:
+            sparsity: share of the real weights to prune, in [0, 1); never exceeded.
+            threshold: scores below it are pruned.
+            budget: what may remain of a cost.
+            scope: "global" ranks all layers together, "layer" prunes the same share of each.
+
+        Raises:
+            ValueError: not exactly one is given, or one is out of range.
+
+        """
+        options = {"sparsity": sparsity, "threshold": threshold, "budget": budget}
+        given = [name for name, value in options.items() if value is not None]
+        if len(given) != 1:
+            raise ValueError(f"select needs exactly one of `sparsity`, `threshold`, `budget`, got {given}")
+        if scope not in ("global", "layer"):
+            raise ValueError(f"`scope` must be 'global' or 'layer', got {scope!r}")
+        removable = None
+        cost = "params"
+        if sparsity is not None:
+            removable = check_sparsity(sparsity)
+        elif budget is not None:
+            if not isinstance(budget, Budget):
+                raise TypeError(f"`budget` must be a fastprune Budget, got {type(budget).__name__}")
+            removable, cost = 1.0 - budget.fraction, budget.cost
+        elif threshold is not None and math.isnan(threshold):
+            raise ValueError("`threshold` must be a number, got NaN")
+        ranked = {
+            name: torch.where(self.pruned[name], -torch.inf, layer) if name in self.pruned else layer
+            for name, layer in self._scores.items()
+        }
+        masks = select_pieces(
+            ranked, self._costs(cost), removable=removable, threshold=threshold, scope=scope
+        )
+        return Masks(masks, self.granularity, self.weight_shapes, self.norms)
+
+    def __repr__(self) -> str:
+        loss = "" if self.loss is None else f", loss={self.loss:.6g}"
+        lines = [
+            f"ImportanceScores(criterion='{self.criterion}', granularity={self.granularity}, "
+            f"samples={self.num_samples}{loss})",
+            f"  {'layer':<32} {'pieces':>9} {'lowest':>11} {'median':>11} {'highest':>11}",
+        ]
+        for name, layer in self._scores.items():
+            low, middle, high = (float(value) for value in (layer.min(), layer.median(), layer.max()))
+            lines.append(f"  {name:<32} {layer.numel():>9} {low:>11.3e} {middle:>11.3e} {high:>11.3e}")
+        return "\n".join(lines)

@@ -1,0 +1,207 @@
+"""score: the one call that turns a model and data into importance scores."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterable, Sized
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+from tqdm.auto import tqdm
+
+from ..batches import Batch, Loss, LossFunction, OutputTransform, iterate_batches, model_device
+from ..granularity import Block, Granularity, check_granularity, weight_of
+from ..graph import TracedModel
+from ..layers import Selection, select_layers
+from ..masks import piece_mask_of
+from .criteria import magnitude
+from .loss_delta import LossDeltas
+from .scores import ImportanceScores
+
+CRITERIA = ("loss_delta", "magnitude")
+
+
+class _EvalMode:
+    """Eval mode for a while; every module's own flag comes back, whatever happens."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.flags = [(module, module.training) for module in model.modules()]
+        self.model = model
+
+    def __enter__(self) -> None:
+        self.model.eval()
+
+    def __exit__(self, *error: object) -> None:
+        for module, training in self.flags:
+            module.training = training
+
+
+def score(
+    model: nn.Module,
+    loader: Iterable[Any] | None,
+    *,
+    criterion: str = "loss_delta",
+    granularity: Granularity = Block(16, 16),  # noqa: B008  frozen
+    include: Selection = None,
+    exclude: Selection = None,
+    loss_fn: LossFunction | None = None,
+    output_transform: OutputTransform | None = None,
+    max_samples: int | None = None,
+    progress: bool = True,
+) -> ImportanceScores:
+    """Score every piece of a model's Linear and Conv2d layers; larger matters more.
+
+    ``loss_delta = loss(masked) - loss(original)``, the mean over all samples of the loader, exact for any
+    network. The model runs in eval mode and is left as it was, also on an error.
+
+    Example:
+        >>> scores = fp.score(model, loader, criterion="loss_delta", granularity=fp.Unit(), max_samples=1000)
+        >>> masks = scores.select(sparsity=0.5)
+
+    Args:
+        model: any module; traced models are scored much faster.
+        loader: an iterable of ``(inputs, targets)`` or of dicts with ``labels``; None for "magnitude",
+            which reads one batch of it to count FLOPs.
+        criterion: "loss_delta", or "magnitude" (the L2 norm of each piece).
+        granularity: ``fp.Block(rows, cols)``, ``fp.Unit()`` or ``fp.Element()``.
+        include: layers to score: module types, name globs, predicates; None for all.
+        exclude: layers to leave out, in the same forms.
+        loss_fn: ``loss_fn(outputs, targets)``, a mean or one value per sample; None for cross-entropy.
+        output_transform: picks the logits out of a structured output.
+        max_samples: how many samples of the loader are read.
+        progress: whether a progress bar is shown.
+
+    Returns:
+        float64 scores per layer, on the CPU.
+
+    Raises:
+        TypeError: an argument is of the wrong kind, or the loader yields something else than batches.
+        ValueError: the loader is empty, no layer is left, or weights, losses or deltas are NaN or inf.
+
+    """
+    if criterion not in CRITERIA:
+        raise ValueError(f"`criterion` must be one of {', '.join(CRITERIA)}, got {criterion!r}")
+    check_granularity(granularity)
+    layers = select_layers(model, include, exclude)
+    loss = Loss(loss_fn)
+    if loader is None and criterion != "magnitude":
+        raise TypeError(f"`loader` must be an iterable of batches for criterion '{criterion}', got None")
+    with _EvalMode(model):
+        traced = TracedModel.trace(model)
+        norms = _norms(model, layers, traced) if granularity.masks_whole_units else {}
+        weight_uses = None
+        num_samples = 0
+        mean_loss = None
+        if criterion == "magnitude":
+            scores = {
+                name: magnitude(weight_of(module), granularity).cpu() for name, module in layers.items()
+            }
+            if loader is not None:
+                batch = next(iterate_batches(loader, model_device(model), max_samples))
+                weight_uses = _weight_uses(model, layers, batch)
+        else:
+            assert loader is not None
+            total = sum(granularity.shape(weight_of(module).shape).numel() for module in layers.values())
+            batches = len(loader) if isinstance(loader, Sized) and max_samples is None else None
+            with tqdm(
+                total=None if batches is None else total * batches,
+                desc="loss deltas",
+                unit="mask",
+                disable=not progress,
+            ) as bar:
+                for batch in iterate_batches(loader, model_device(model), max_samples):
+                    if weight_uses is None:
+                        weight_uses = _weight_uses(model, layers, batch)
+                        traced = _checked(model, traced, batch)
+                        deltas = LossDeltas(
+                            model, layers, granularity, loss, output_transform, traced, norms, bar.update
+                        )
+                    deltas.add(batch)
+                    num_samples += batch.size
+            scores = deltas.result()
+            mean_loss = deltas.loss_sum / deltas.total_weight
+    return ImportanceScores(
+        scores,
+        granularity=granularity,
+        criterion=criterion,
+        weight_shapes={name: weight_of(module).shape for name, module in layers.items()},
+        pruned=_pruned(layers, granularity),
+        norms=norms,
+        weight_uses=weight_uses,
+        element_sizes={name: weight_of(module).element_size() for name, module in layers.items()},
+        loss=mean_loss,
+        num_samples=num_samples,
+    )
+
+
+def _norms(model: nn.Module, layers: dict[str, nn.Module], traced: TracedModel | None) -> dict[str, str]:
+    """Layer name to the name of the batch norm that is the only consumer of its output."""
+    if traced is None:
+        if any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in model.modules()):
+            warnings.warn(
+                "fastprune: the model cannot be traced, so units are scored and masked without the batch "
+                "norm after them",
+                stacklevel=3,
+            )
+        return {}
+    norms = {}
+    for name, module in layers.items():
+        node = traced.single_call(module)
+        norm_node = traced.batch_norm_of(node) if node is not None else None
+        norm = traced.module_of(norm_node) if norm_node is not None else None
+        if norm is not None and norm.affine and norm.num_features == weight_of(module).shape[0]:
+            norms[name] = str(norm_node.target)  # type: ignore[union-attr]
+    return norms
+
+
+def _pruned(layers: dict[str, nn.Module], granularity: Granularity) -> dict[str, Tensor]:
+    """Pieces of which a mask has left nothing."""
+    pruned = {}
+    for name, module in layers.items():
+        mask = piece_mask_of(module) if parametrize.is_parametrized(module, "weight") else None
+        if mask is not None:
+            pruned[name] = granularity.sum_pieces(mask.long()).cpu() == 0
+    return pruned
+
+
+@torch.no_grad()
+def _weight_uses(model: nn.Module, layers: dict[str, nn.Module], batch: Batch) -> dict[str, float]:
+    """How often each layer's weights are multiplied for one sample, as FLOPs count it."""
+    uses = dict.fromkeys(layers, 0.0)
+
+    def count(name: str, out: int) -> Any:
+        def hook(module: nn.Module, inputs: tuple, output: Tensor) -> None:
+            uses[name] += output.numel() / out / batch.size
+
+        return hook
+
+    handles = [
+        module.register_forward_hook(count(name, weight_of(module).shape[0]))
+        for name, module in layers.items()
+    ]
+    try:
+        batch.call(model)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return uses
+
+
+@torch.no_grad()
+def _checked(model: nn.Module, traced: TracedModel | None, batch: Batch) -> TracedModel | None:
+    """Return the traced model if it gives what the model gives; a warning and None if not."""
+    reason = "torch.fx cannot trace it"
+    if traced is not None:
+        expected = batch.call(model)
+        try:
+            output = traced.run(batch)[traced.output_node]
+            torch.testing.assert_close(output, expected, rtol=1e-4, atol=1e-5, equal_nan=True)
+            return traced
+        except Exception as error:  # whatever differs, masked forwards are right
+            reason = f"its trace does not give the same output ({type(error).__name__})"
+    warnings.warn(
+        f"fastprune: the model is scored by masked forwards, which is slower: {reason}", stacklevel=3
+    )
+    return None

@@ -1,0 +1,80 @@
+"""Choosing layers of a model by type, name glob or predicate."""
+
+from __future__ import annotations
+
+import fnmatch
+import warnings
+from collections.abc import Callable, Iterable
+
+from torch import nn
+from torch.nn.utils import parametrize
+
+from .granularity import is_scorable
+
+Selector = str | type | Callable[[str, nn.Module], bool]
+Selection = Selector | Iterable[Selector] | None
+
+
+def _matches(selection: Selection, name: str, module: nn.Module, argument: str) -> bool:
+    if selection is None:
+        return False
+    selectors = [selection] if isinstance(selection, (str, type)) or callable(selection) else selection
+    for selector in selectors:
+        if isinstance(selector, str):
+            matched = fnmatch.fnmatchcase(name, selector)
+        elif isinstance(selector, type):
+            matched = isinstance(module, selector)
+        elif callable(selector):
+            matched = bool(selector(name, module))
+        else:
+            raise TypeError(
+                f"`{argument}` must be module types, name globs or predicates (name, module) -> bool, "
+                f"got {selector!r}"
+            )
+        if matched:
+            return True
+    return False
+
+
+def select_layers(
+    model: nn.Module, include: Selection = None, exclude: Selection = None
+) -> dict[str, nn.Module]:
+    """Return the Linear and Conv2d layers of a model by name, in the model's order.
+
+    A layer whose weight is tied to another module is left out with a warning: a mask on one of them
+    would not reach the other.
+
+    Raises:
+        TypeError: ``model`` is no module, or a selector is of no known kind.
+        ValueError: nothing is left.
+
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"`model` must be a torch.nn.Module, got {type(model).__name__}")
+    owners: dict[int, set[str]] = {}
+    for name, module in model.named_modules():
+        for parameter in module._parameters.values():
+            if parameter is not None:
+                owners.setdefault(id(parameter), set()).add(name)
+    layers = {}
+    for name, module in model.named_modules():
+        if not is_scorable(module):
+            continue
+        if include is not None and not _matches(include, name, module, "include"):
+            continue
+        if _matches(exclude, name, module, "exclude"):
+            continue
+        weight = module.weight if not parametrize.is_parametrized(module, "weight") else None
+        tied = owners.get(id(weight), set()) - {name}
+        if tied:
+            warnings.warn(
+                f"fastprune: layer '{name}' is left out: its weight is tied to {sorted(tied)}", stacklevel=3
+            )
+            continue
+        layers[name] = module
+    if not layers:
+        raise ValueError(
+            "`model` has no Linear or Conv2d layer"
+            + (" that `include` and `exclude` leave" if include is not None or exclude is not None else "")
+        )
+    return layers

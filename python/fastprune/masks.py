@@ -1,0 +1,258 @@
+"""Masks: which pieces of which layers stay, how they are chosen, and how they are put on a model."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Iterator, Mapping
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+from .granularity import Granularity, check_granularity
+
+
+@dataclasses.dataclass(frozen=True)
+class Budget:
+    """What may remain of a model's scored layers, as a fraction of one cost; exactly one is given.
+
+    Example:
+        >>> masks = scores.select(budget=fp.Budget(flops=0.4))     # keep 40 % of the multiply-adds
+
+    Raises:
+        ValueError: not exactly one is given, or it is not in (0, 1].
+
+    """
+
+    flops: float | None = None
+    params: float | None = None
+    bytes: float | None = None
+
+    def __post_init__(self) -> None:
+        given = {name: value for name, value in dataclasses.asdict(self).items() if value is not None}
+        if len(given) != 1:
+            raise ValueError(f"Budget needs exactly one of flops, params, bytes, got {given or 'none'}")
+        (name, value) = next(iter(given.items()))
+        if not 0.0 < value <= 1.0:
+            raise ValueError(f"Budget `{name}` must be a fraction in (0, 1], got {value!r}")
+
+    @property
+    def cost(self) -> str:
+        """The name of the cost that is given."""
+        return next(name for name, value in dataclasses.asdict(self).items() if value is not None)
+
+    @property
+    def fraction(self) -> float:
+        """The fraction of it that may remain."""
+        return float(getattr(self, self.cost))
+
+
+class Masks(Mapping[str, Tensor]):
+    """A bool tensor per layer, one entry per piece, True = keep.
+
+    Args:
+        masks: layer name to bool tensor in the granularity's shape.
+        granularity: what a piece is.
+        weight_shapes: layer name to the weight's shape, by which masks of another model are recognised.
+        norms: layer name to the batch norm whose channels go with the layer's units.
+
+    """
+
+    def __init__(
+        self,
+        masks: Mapping[str, Tensor],
+        granularity: Granularity,
+        weight_shapes: Mapping[str, torch.Size],
+        norms: Mapping[str, str] | None = None,
+    ) -> None:
+        self.granularity = check_granularity(granularity)
+        self.weight_shapes = {name: torch.Size(shape) for name, shape in weight_shapes.items()}
+        self.norms = dict(norms or {})
+        self._masks = dict(masks)
+        for name, mask in self._masks.items():
+            expected = granularity.shape(self.weight_shapes[name])
+            if mask.dtype != torch.bool or mask.shape != expected:
+                raise ValueError(
+                    f"mask of layer '{name}' must be bool of shape {list(expected)}, "
+                    f"got {mask.dtype} of shape {list(mask.shape)}"
+                )
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self._masks[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._masks)
+
+    def __len__(self) -> int:
+        return len(self._masks)
+
+    def sparsity(self, name: str | None = None) -> float:
+        """Return the pruned share of the real weights of one layer, or of all layers."""
+        kept = total = 0
+        for layer in [name] if name is not None else self:
+            sizes = self.granularity.sizes(self.weight_shapes[layer])
+            total += int(sizes.sum())
+            kept += int(sizes[self[layer].cpu()].sum())
+        return 1.0 - kept / total if total else 0.0
+
+    def __repr__(self) -> str:
+        rows = "\n".join(f"  {name}: {self.sparsity(name):.1%} pruned" for name in self)
+        return f"Masks({self.granularity}, {self.sparsity():.1%} pruned\n{rows}\n)"
+
+
+class PieceMask(nn.Module):
+    """The parametrization that holds masked entries at exactly zero under any optimiser."""
+
+    mask: Tensor
+
+    def __init__(self, mask: Tensor) -> None:
+        super().__init__()
+        self.register_buffer("mask", mask)
+
+    def forward(self, tensor: Tensor) -> Tensor:
+        """Return the tensor with masked entries zero, and no gradient for them."""
+        return torch.where(self.mask, tensor, 0.0)
+
+
+def piece_mask_of(module: nn.Module, parameter: str = "weight") -> Tensor | None:
+    """Return the bool mask on a module's parameter, or None."""
+    if not parametrize.is_parametrized(module, parameter):
+        return None
+    for parametrization in module.parametrizations[parameter]:  # type: ignore[union-attr]
+        if isinstance(parametrization, PieceMask):
+            return parametrization.mask
+    return None
+
+
+def _set_mask(module: nn.Module, parameter: str, mask: Tensor) -> None:
+    tensor = getattr(module, parameter)
+    mask = mask.to(tensor.device)
+    existing = piece_mask_of(module, parameter)
+    if existing is not None:
+        existing.copy_(mask)
+        return
+    training = module.training
+    parametrize.register_parametrization(module, parameter, PieceMask(mask.clone()))
+    module.train(training)
+
+
+def _targets(model: nn.Module, masks: Masks) -> list[tuple[nn.Module, str, Tensor]]:
+    """Every (module, parameter, mask) that the masks touch, after checking that they fit the model."""
+    if not isinstance(masks, Masks):
+        raise TypeError(f"`masks` must be fastprune Masks, got {type(masks).__name__}")
+    modules = dict(model.named_modules())
+    targets = []
+    for name, mask in masks.items():
+        module = modules.get(name)
+        weight = getattr(module, "weight", None)
+        if module is None or not isinstance(weight, Tensor):
+            raise ValueError(f"`masks` are of another model: it has no layer '{name}' with a weight")
+        shape = masks.weight_shapes[name]
+        if weight.shape != shape:
+            raise ValueError(
+                f"`masks` are of another model: layer '{name}' must have a weight of shape {list(shape)}, "
+                f"got {list(weight.shape)}"
+            )
+        targets.append((module, "weight", masks.granularity.expand(mask, shape).contiguous()))
+        if masks.granularity.masks_whole_units:
+            owners = [module]
+            if name in masks.norms:
+                norm = modules.get(masks.norms[name])
+                if norm is None or getattr(norm, "num_features", None) != shape[0]:
+                    raise ValueError(
+                        f"`masks` are of another model: it has no batch norm '{masks.norms[name]}' "
+                        f"of {shape[0]} channels"
+                    )
+                targets.append((norm, "weight", mask))
+                owners.append(norm)
+            targets += [(owner, "bias", mask) for owner in owners]
+    return [target for target in targets if getattr(target[0], target[1]) is not None]
+
+
+def apply_masks_(model: nn.Module, masks: Masks) -> nn.Module:
+    """Mask a model in place and return it: masked weights are exactly zero, and stay so in training.
+
+    Each weight gets a ``torch.nn.utils.parametrize`` parametrization; the values under a mask are kept,
+    so a later call with other masks replaces these. Units take their bias and batch-norm channel along.
+
+    Example:
+        >>> fp.apply_masks_(model, scores.select(sparsity=0.5))
+
+    Raises:
+        TypeError: ``masks`` are no Masks.
+        ValueError: the masks are of another model; the model is left as it was.
+
+    """
+    for module, parameter, mask in _targets(model, masks):
+        _set_mask(module, parameter, mask)
+    return model
+
+
+def remove_masks_(model: nn.Module) -> nn.Module:
+    """Take the masks off a model in place and return it: plain parameters with plain zeros remain."""
+    for module in list(model.modules()):
+        if not parametrize.is_parametrized(module):
+            continue
+        for parameter in list(module.parametrizations):  # type: ignore[arg-type]
+            if piece_mask_of(module, parameter) is not None:
+                parametrize.remove_parametrizations(module, parameter, leave_parametrized=True)
+    return model
+
+
+def check_sparsity(sparsity: float, name: str = "sparsity") -> float:
+    """Return the sparsity, or raise ValueError unless it is in [0, 1)."""
+    if isinstance(sparsity, bool) or not isinstance(sparsity, (int, float)) or not 0.0 <= sparsity < 1.0:
+        raise ValueError(f"`{name}` must be a number in [0, 1), got {sparsity!r}")
+    return float(sparsity)
+
+
+def lowest_within(scores: Tensor, costs: Tensor, allowance: float) -> Tensor:
+    """Return a bool tensor, True for the lowest scores whose costs together stay within an allowance.
+
+    Ties are broken by index. Costs are taken in order of score until the next does not fit.
+    """
+    order = torch.sort(scores, stable=True).indices
+    cumulative = costs[order].double().cumsum(0)
+    taken = int((cumulative <= allowance * (1 + 1e-12) + 1e-9).sum())
+    result = torch.zeros(scores.shape, dtype=torch.bool)
+    result[order[:taken]] = True
+    return result
+
+
+def select_pieces(
+    scores: Mapping[str, Tensor],
+    costs: Mapping[str, Tensor],
+    *,
+    removable: float | None,
+    threshold: float | None,
+    scope: str,
+) -> dict[str, Tensor]:
+    """Return keep-masks that drop the lowest scores.
+
+    Args:
+        scores: layer name to scores, any shape.
+        costs: layer name to the cost of each piece, the same shape.
+        removable: share of the total cost that may go, or None.
+        threshold: scores below it go, or None.
+        scope: "global" ranks all layers together, "layer" each by itself.
+
+    """
+    if threshold is not None:
+        return {name: layer >= threshold for name, layer in scores.items()}
+    if removable is None:
+        raise ValueError("select_pieces needs `removable` or `threshold`")
+    if scope == "layer":
+        return {
+            name: ~lowest_within(
+                layer.flatten(), costs[name].flatten(), removable * float(costs[name].sum())
+            ).view(layer.shape)
+            for name, layer in scores.items()
+        }
+    flat_scores = torch.cat([layer.flatten() for layer in scores.values()])
+    flat_costs = torch.cat([costs[name].flatten() for name in scores])
+    removed = lowest_within(flat_scores, flat_costs, removable * float(flat_costs.sum()))
+    pieces = removed.split([math.prod(layer.shape) for layer in scores.values()])
+    return {
+        name: ~piece.view(layer.shape) for (name, layer), piece in zip(scores.items(), pieces, strict=True)
+    }

@@ -1,0 +1,150 @@
+"""BlockSparseLinear: a Linear that multiplies only the kept blocks of its weight."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from .. import ops
+from ..block_sparse import BlockSparseTensor
+
+
+class BlockSparseLinear(nn.Module):
+    """A drop-in for ``nn.Linear`` with a block-sparse weight, trainable like it.
+
+    The kept blocks are the parameter ``packed_values``, ``[kept, cols, rows]``, the only copy of the
+    weights; ``crow_indices`` and ``col_indices`` are int32 buffers and fixed.
+
+    Example:
+        >>> layer = fp.BlockSparseLinear.from_dense(nn.Linear(256, 512), mask=torch.rand(32, 16) < 0.25)
+        >>> layer(torch.randn(8, 256)).shape
+        torch.Size([8, 512])
+
+    Args:
+        weight: the matrix; its ``packed_values`` become the parameter.
+        bias: ``[out_features]`` or None.
+        activation: None or "relu", computed by the same kernel.
+
+    Shape:
+        input ``[*, in_features]``, output ``[*, out_features]``; float32 or float64.
+
+    Raises:
+        ValueError: ``bias`` or ``activation`` does not fit.
+
+    """
+
+    crow_indices: Tensor
+    col_indices: Tensor
+
+    def __init__(
+        self, weight: BlockSparseTensor, bias: Tensor | None = None, activation: str | None = None
+    ) -> None:
+        super().__init__()
+        if activation not in (None, "relu"):
+            raise ValueError(f"`activation` must be None or 'relu', got {activation!r}")
+        self.out_features, self.in_features = weight.shape
+        if bias is not None and tuple(bias.shape) != (self.out_features,):
+            raise ValueError(f"`bias` must have shape [{self.out_features}], got {list(bias.shape)}")
+        self.activation = activation
+        self.packed_values = nn.Parameter(weight.packed_values.detach().contiguous())
+        self.register_buffer("crow_indices", weight.crow_indices)
+        self.register_buffer("col_indices", weight.col_indices)
+        self.bias = None if bias is None else nn.Parameter(bias.detach().clone())
+
+    @classmethod
+    def from_dense(
+        cls,
+        linear: nn.Linear,
+        blocksize: tuple[int, int] = (16, 16),
+        mask: Tensor | None = None,
+        activation: str | None = None,
+    ) -> BlockSparseLinear:
+        """Convert a Linear; its weights are copied.
+
+        Args:
+            linear: the layer; masks on its weight count as zeros.
+            blocksize: ``(rows, cols)``, each from 1 to 128; the last blocks are padded where needed.
+            mask: bool ``[block_rows, block_cols]``, True = keep; None keeps blocks with a nonzero.
+            activation: None or "relu", fused.
+
+        Raises:
+            TypeError: ``linear`` is no ``nn.Linear``.
+            ValueError: ``blocksize``, ``mask`` or ``activation`` does not fit.
+
+        """
+        if not isinstance(linear, nn.Linear):
+            raise TypeError(f"`linear` must be a torch.nn.Linear, got {type(linear).__name__}")
+        with torch.no_grad():
+            weight = BlockSparseTensor.from_dense(linear.weight, blocksize, mask)
+            module = cls(weight, linear.bias, activation)
+        module.packed_values.requires_grad_(
+            linear.weight.requires_grad or any(p.requires_grad for p in linear.parameters())
+        )
+        return module.train(linear.training)
+
+    @property
+    def block_sparse_weight(self) -> BlockSparseTensor:
+        """The weight as a :class:`BlockSparseTensor` that shares this module's memory."""
+        return BlockSparseTensor(
+            self.packed_values, self.crow_indices, self.col_indices, (self.out_features, self.in_features)
+        )
+
+    @property
+    def weight(self) -> Tensor:
+        """The dense ``[out_features, in_features]`` weight, made anew; gradients flow to the blocks."""
+        return self.block_sparse_weight.to_dense()
+
+    @property
+    def blocksize(self) -> tuple[int, int]:
+        """``(rows, cols)`` of a block."""
+        return self.packed_values.shape[2], self.packed_values.shape[1]
+
+    @property
+    def density(self) -> float:
+        """Kept share of the blocks."""
+        block_cols = -(-self.in_features // self.blocksize[1])
+        blocks = (self.crow_indices.numel() - 1) * block_cols
+        return self.packed_values.shape[0] / blocks if blocks else 1.0
+
+    def to_dense(self) -> nn.Linear:
+        """Return an ``nn.Linear`` with the same weights; a fused activation is left to the caller.
+
+        Raises:
+            ValueError: the module has a fused activation, which an ``nn.Linear`` cannot hold.
+
+        """
+        if self.activation is not None:
+            raise ValueError(f"to_dense would lose the fused activation '{self.activation}'")
+        linear = nn.Linear(
+            self.in_features,
+            self.out_features,
+            bias=self.bias is not None,
+            device=self.packed_values.device,
+            dtype=self.packed_values.dtype,
+        )
+        with torch.no_grad():
+            linear.weight.copy_(self.weight)
+            if self.bias is not None:
+                linear.bias.copy_(self.bias)
+        return linear.train(self.training)
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Return ``activation(input @ weight.T + bias)``."""
+        return ops.block_sparse_linear(
+            input,
+            self.packed_values,
+            self.crow_indices,
+            self.col_indices,
+            self.bias,
+            out_features=self.out_features,
+            activation=self.activation,
+        )
+
+    def extra_repr(self) -> str:
+        """Return what ``repr`` prints inside the brackets."""
+        activation = "" if self.activation is None else f", activation={self.activation}"
+        return (
+            f"in_features={self.in_features}, out_features={self.out_features}, "
+            f"bias={self.bias is not None}, blocksize={self.blocksize}, "
+            f"density={self.density:.3f}{activation}"
+        )

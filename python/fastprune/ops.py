@@ -1,0 +1,130 @@
+"""The ops as typed functions. All else in fastprune calls kernels through this module."""
+
+from __future__ import annotations
+
+import warnings
+
+import torch
+from torch import Tensor
+
+from . import _library, reference
+from . import _registration as _registration  # fake kernels, gradients and autocast of the ops
+
+_ops = torch.ops.fastprune
+_warned: set[str] = set()
+
+
+def _needs_grad(*tensors: Tensor | None) -> bool:
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+
+
+def _lacks_cuda_kernel(op: str, tensor: Tensor, supported: bool) -> bool:
+    """Tell whether a CUDA tensor must take the dense way, and say so once for each op and reason."""
+    if not tensor.is_cuda:
+        return False
+    reason = _library.cuda_kernels_unavailable_reason()
+    if reason is None and supported:
+        return False
+    message = f"fastprune: {op} runs on the dense weight on CUDA: " + (
+        f"CUDA kernels are {reason}" if reason is not None else f"no CUDA kernel for {tensor.dtype}"
+    )
+    if message not in _warned:
+        _warned.add(message)
+        warnings.warn(message, stacklevel=3)
+    return True
+
+
+def block_sparse_linear(
+    input: Tensor,
+    packed_values: Tensor,
+    crow_indices: Tensor,
+    col_indices: Tensor,
+    bias: Tensor | None = None,
+    *,
+    out_features: int,
+    activation: str | None = None,
+) -> Tensor:
+    """Return ``activation(input @ weight.T + bias)`` for a block-sparse weight.
+
+    Differentiable in ``input``, ``packed_values`` and ``bias``. The bits of the result depend neither
+    on the number of threads nor on the other samples of the batch.
+
+    Example:
+        >>> weight = fp.BlockSparseTensor.from_dense(torch.eye(32), blocksize=(16, 16))
+        >>> y = fp.ops.block_sparse_linear(
+        ...     torch.randn(4, 32), weight.packed_values, weight.crow_indices, weight.col_indices,
+        ...     out_features=32)
+        >>> y.shape
+        torch.Size([4, 32])
+
+    Args:
+        input: ``[*, in_features]``, float32 or float64 (CUDA: float32).
+        packed_values: ``[kept, cols, rows]``, the kept blocks of the weight, each transposed; the dtype
+            of ``input``.
+        crow_indices: ``[ceil(out_features / rows) + 1]``, int32: where each block row begins.
+        col_indices: ``[kept]``, int32, increasing within a block row.
+        bias: ``[out_features]`` or None.
+        out_features: rows of the weight; the last block row may reach past them.
+        activation: None or "relu", fused into the store.
+
+    Returns:
+        ``[*, out_features]``, contiguous, the dtype of ``input``.
+
+    Raises:
+        ValueError: shapes, dtypes or devices disagree, or (CPU) the indices are not a valid structure.
+
+    """
+    op = _ops.block_sparse_linear_inference
+    if _needs_grad(input, packed_values, bias):
+        # The one with gradients costs some microseconds more for each call.
+        op = _ops.block_sparse_linear
+    if _lacks_cuda_kernel("block_sparse_linear", input, input.dtype == torch.float32):
+        return reference.block_sparse_linear(
+            input,
+            packed_values,
+            crow_indices,
+            col_indices,
+            bias,
+            out_features=out_features,
+            activation=activation,
+        )
+    return op(input, packed_values, crow_indices, col_indices, bias, out_features, activation or "none")
+
+
+def ablated_cross_entropy(
+    logits: Tensor,
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    pieces: Tensor,
+    sample_weight: Tensor | None = None,
+) -> Tensor:
+    """Return the summed change of the cross-entropy when pieces of the last layer are masked.
+
+    No ``[pieces, samples, classes]`` tensor is made. The formula, which loses no digits for deltas that
+    are a millionth of the loss, is in ``csrc/kernels/ablated_cross_entropy.h``.
+
+    Example:
+        >>> pieces = torch.tensor([[0, 10, j, j + 1] for j in range(64)], dtype=torch.int32)
+        >>> delta_sum = fp.ops.ablated_cross_entropy(logits, hidden, last.weight, targets, pieces)
+        >>> loss_deltas = delta_sum / len(targets)          # one for each of 64 hidden units
+
+    Args:
+        logits: ``[samples, classes]``, the last layer's output, its bias included; float32 or float64.
+        hidden: ``[samples, features]``, the last layer's input. Where masking a unit leaves an input of
+            ``a`` and not 0 (a sigmoid's 0.5), pass ``hidden - a``.
+        weight: ``[classes, features]``.
+        targets: ``[samples]``, int64 class indices in ``[0, classes)``.
+        pieces: ``[pieces, 4]``, int32: row_begin, row_end, col_begin, col_end of a rectangle of ``weight``.
+        sample_weight: ``[samples]`` or None for ones; 0 leaves a sample out.
+
+    Returns:
+        ``[pieces]``, float64: the sum over the samples of ``sample_weight * (masked loss - loss)``.
+
+    Raises:
+        ValueError: shapes, dtypes or devices disagree, or targets or pieces are out of range.
+
+    """
+    if _lacks_cuda_kernel("ablated_cross_entropy", logits, False):
+        return reference.ablated_cross_entropy(logits, hidden, weight, targets, pieces, sample_weight)
+    return _ops.ablated_cross_entropy(logits, hidden, weight, targets, pieces, sample_weight)

@@ -1,0 +1,52 @@
+"""Interleaved timing: the only way ratios are measured on machines that other work disturbs."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Sequence
+
+import torch
+
+
+def interleaved_medians(
+    functions: Sequence[Callable[[], object]],
+    *,
+    repeats: int = 9,
+    warmup: int = 2,
+    device: torch.device | None = None,
+    minimum_seconds: float = 0.0,
+) -> list[float]:
+    """Return the median seconds of each function, all called in turn in every repeat.
+
+    Functions of microseconds are called in a loop until a repeat lasts ``minimum_seconds``, so that the
+    clock's grain does not count. On a CUDA device each repeat ends with a synchronisation.
+
+    Example:
+        >>> dense_s, sparse_s = interleaved_medians([lambda: dense(x), lambda: sparse(x)])
+
+    """
+
+    def synchronize() -> None:
+        if device is not None and device.type == "cuda":
+            torch.cuda.synchronize(device)
+
+    def seconds(function: Callable[[], object], calls: int) -> float:
+        start = time.perf_counter()
+        for _ in range(calls):
+            function()
+        synchronize()
+        return (time.perf_counter() - start) / calls
+
+    calls = []
+    for function in functions:
+        for _ in range(warmup):
+            function()
+        synchronize()
+        once = seconds(function, 1)
+        calls.append(max(1, int(minimum_seconds / max(once, 1e-7))))
+    times: list[list[float]] = [[] for _ in functions]
+    for _ in range(repeats):
+        for index, function in enumerate(functions):
+            times[index].append(seconds(function, calls[index]))
+    return [statistics.median(values) for values in times]
