@@ -1,7 +1,44 @@
 #include "launch_plans.h"
 
-namespace fastprune {
+#include "../kernels/cuda/block_sparse_linear_plan.h"
+#include "tensor_checks.h"
 
-void define_launch_plans(pybind11::module_&) {}
+namespace fastprune {
+namespace {
+
+namespace py = pybind11;
+
+py::dict as_dict(const LaunchPlan& plan) {
+  const auto triple = [](const uint32_t (&sizes)[3]) {
+    return py::make_tuple(sizes[0], sizes[1], sizes[2]);
+  };
+  py::dict result;
+  result["kernel"] = plan.kernel;
+  result["grid"] = triple(plan.grid);
+  result["block"] = triple(plan.block);
+  result["shared_bytes"] = plan.shared_bytes;
+  return result;
+}
+
+py::dict plan_block_sparse_linear(int64_t samples, int64_t in_features, int64_t out_features,
+                                  int64_t rows, int64_t cols) {
+  const auto plan =
+      plan_block_sparse_linear_cuda({samples, in_features, out_features, rows, cols});
+  if (!plan) {
+    throw_value_error("block_sparse_linear: no CUDA grid covers samples=", samples,
+                      ", in_features=", in_features, ", out_features=", out_features,
+                      " with blocks of rows=", rows, ", cols=", cols);
+  }
+  return as_dict(*plan);
+}
+
+}  // namespace
+
+void define_launch_plans(py::module_& module) {
+  module.def("plan_block_sparse_linear_cuda", &plan_block_sparse_linear, py::kw_only(),
+             py::arg("samples"), py::arg("in_features"), py::arg("out_features"), py::arg("rows"),
+             py::arg("cols"),
+             "Returns how the CUDA kernel is launched: kernel, grid, block, shared_bytes.");
+}
 
 }  // namespace fastprune

@@ -119,7 +119,7 @@ def piece_mask_of(module: nn.Module, parameter: str = "weight") -> Tensor | None
     """Return the bool mask on a module's parameter, or None."""
     if not parametrize.is_parametrized(module, parameter):
         return None
-    for parametrization in module.parametrizations[parameter]:  # type: ignore[union-attr]
+    for parametrization in module.parametrizations[parameter]:  # type: ignore[index]
         if isinstance(parametrization, PieceMask):
             return parametrization.mask
     return None

@@ -19,9 +19,6 @@ namespace {
 constexpr double kLargestExponent = 60.0;
 constexpr double kSmallestSum = -0.9;
 
-template <class T>
-constexpr int kSampleLanes = kLanes<T> < 8 ? kLanes<T> : 8;
-
 struct Piece {
   int64_t row_begin, row_end, col_begin, col_end;
 };
@@ -74,37 +71,45 @@ inline Vec<T, Lanes> logit_loss(const AblatedCrossEntropyArgs<T>& args, const Pi
 // that the target's own term of the sum is exactly zero.
 template <class T, int Lanes>
 inline Vec<T, Lanes> target_loss(const AblatedCrossEntropyArgs<T>& args, const Piece& piece,
-                                 int64_t sample, const T* hidden) {
+                                 const int64_t* targets, const T* hidden) {
   using V = Vec<T, Lanes>;
-  const T* rows[Lanes];
-  V in_piece = {};
-  for (int lane = 0; lane < Lanes; ++lane) {
-    const bool real = sample + lane < args.logits.rows;
-    const int64_t target = real ? args.targets[sample + lane] : 0;
-    rows[lane] = args.weight.data + target * args.weight.row_stride;
-    in_piece[lane] = target >= piece.row_begin && target < piece.row_end ? T{1} : T{0};
-  }
   V result = {};
   for (int64_t j = piece.col_begin; j < piece.col_end; ++j) {
     V weight;
-    for (int lane = 0; lane < Lanes; ++lane) weight[lane] = rows[lane][j];
+    for (int lane = 0; lane < Lanes; ++lane) {
+      weight[lane] = args.weight.data[targets[lane] * args.weight.row_stride + j];
+    }
     result += load<V>(hidden + j * args.padded_samples) * weight;
   }
-  return in_piece != V{} ? result : V{};
+  if (piece.row_begin == 0 && piece.row_end == args.logits.cols) return result;
+  for (int lane = 0; lane < Lanes; ++lane) {
+    if (targets[lane] < piece.row_begin || targets[lane] >= piece.row_end) result[lane] = T{0};
+  }
+  return result;
 }
 
+// What the pieces of one chunk of samples share.
+template <class T>
+struct Chunk {
+  int64_t begin;
+  int64_t end;
+  int64_t targets[kSamplesPerChunk];     // 0 where padded
+  T other_probability[kSamplesPerChunk];  // of the classes outside the piece's rows
+};
+
 template <class T, int Lanes>
-double ablate_piece(const AblatedCrossEntropyArgs<T>& args, const Piece& piece, int64_t begin,
-                    int64_t end, const T* other_probability) {
+double ablate_piece(const AblatedCrossEntropyArgs<T>& args, const Piece& piece,
+                    const Chunk<T>& chunk) {
   using V = Vec<T, Lanes>;
   const bool all_rows = piece.row_begin == 0 && piece.row_end == args.logits.cols;
   Vec<double, Lanes> total = {};
   double plain_total = 0.0;
-  for (int64_t sample = begin; sample < end; sample += Lanes) {
+  for (int64_t sample = chunk.begin; sample < chunk.end; sample += Lanes) {
     const T* hidden = args.hidden_transposed + sample;
     const T* probability = args.probabilities + sample;
     const V limit = broadcast<V>(T{80});
-    const V target = target_loss<T, Lanes>(args, piece, sample, hidden);
+    const V target =
+        target_loss<T, Lanes>(args, piece, chunk.targets + (sample - chunk.begin), hidden);
     V sum = {}, largest = {};
     for (int64_t c = piece.row_begin; c < piece.row_end; ++c) {
       const V exponent = target - logit_loss<T, Lanes>(args, piece, c, hidden);
@@ -115,7 +120,7 @@ double ablate_piece(const AblatedCrossEntropyArgs<T>& args, const Piece& piece, 
     if (!all_rows) {
       largest = maximum(largest, target);
       const V change = expm1_clamped<Lanes>(minimum(limit, maximum(-limit, target)));
-      sum += load<V>(other_probability + (sample - begin)) * change;
+      sum += load<V>(chunk.other_probability + (sample - chunk.begin)) * change;
     }
     V delta = log1p_clamped<Lanes>(maximum(sum, broadcast<V>(T(kSmallestSum))));
     // A comparison that NaN fails: NaN samples take the plain formula too, and stay NaN.
@@ -187,30 +192,36 @@ void ablated_cross_entropy_prepare(const AblatedCrossEntropyArgs<T>& args, int64
 // Positions [begin, end) of the grid [sample chunk][piece], pieces innermost.
 template <class T>
 void ablated_cross_entropy(const AblatedCrossEntropyArgs<T>& args, int64_t begin, int64_t end) {
-  alignas(64) T other_probability[kSamplesPerChunk];
+  Chunk<T> chunk = {};
   int64_t known_chunk = -1;
   Piece known = {};
   for (int64_t position = begin; position < end; ++position) {
-    const int64_t chunk = position / args.num_pieces;
     const Piece piece = read_piece(args.pieces, position % args.num_pieces);
-    const int64_t first = chunk * kSamplesPerChunk;
-    const int64_t next = first + kSamplesPerChunk;
-    const int64_t last = next < args.padded_samples ? next : args.padded_samples;
+    const int64_t index = position / args.num_pieces;
+    const bool new_chunk = index != known_chunk;
+    if (new_chunk) {
+      chunk.begin = index * kSamplesPerChunk;
+      const int64_t next = chunk.begin + kSamplesPerChunk;
+      chunk.end = next < args.padded_samples ? next : args.padded_samples;
+      for (int64_t n = chunk.begin; n < chunk.end; ++n) {
+        chunk.targets[n - chunk.begin] = n < args.logits.rows ? args.targets[n] : 0;
+      }
+    }
     // Neighbouring pieces mostly mask the same classes: what is left of the probability is
     // summed once for them, class by class, since 1 - p would lose the digits of a small rest.
-    if (chunk != known_chunk || piece.row_begin != known.row_begin ||
-        piece.row_end != known.row_end) {
-      for (int64_t n = first; n < last; ++n) other_probability[n - first] = 0;
+    if (new_chunk || piece.row_begin != known.row_begin || piece.row_end != known.row_end) {
+      for (T& probability : chunk.other_probability) probability = 0;
       for (int64_t c = 0; c < args.logits.cols; ++c) {
         if (c >= piece.row_begin && c < piece.row_end) continue;
         const T* probability = args.probabilities + c * args.padded_samples;
-        for (int64_t n = first; n < last; ++n) other_probability[n - first] += probability[n];
+        for (int64_t n = chunk.begin; n < chunk.end; ++n) {
+          chunk.other_probability[n - chunk.begin] += probability[n];
+        }
       }
-      known_chunk = chunk;
-      known = piece;
     }
-    args.partial_sums[position] =
-        ablate_piece<T, kSampleLanes<T>>(args, piece, first, last, other_probability);
+    known_chunk = index;
+    known = piece;
+    args.partial_sums[position] = ablate_piece<T, kLanes<T>>(args, piece, chunk);
   }
 }
 

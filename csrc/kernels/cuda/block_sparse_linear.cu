@@ -29,16 +29,12 @@ constexpr int kThreadRows = 2;
 constexpr int kThreadSamples = 4;
 constexpr int kThreadsAlongRows = kLinearTileRows / kThreadRows;
 constexpr int kThreadsAlongSamples = kLinearTileSamples / kThreadSamples;
+constexpr int kWarps = kLinearThreads / kTileColumns;
 static_assert(kThreadsAlongRows * kThreadsAlongSamples == kLinearThreads);
 
-__device__ float activate(float value, Activation activation) {
-  // Written so that NaN stays NaN, which fmaxf would turn into 0.
-  return activation == Activation::kRelu && value < 0.0f ? 0.0f : value;
-}
-
-// A size within a tile: `remaining` cut to the tile.
-__device__ int at_most(int64_t remaining, int tile) {
-  return remaining < tile ? static_cast<int>(remaining) : tile;
+// A size within a tile: `remaining`, cut to the tile.
+__device__ int at_most(int64_t remaining, int64_t tile) {
+  return static_cast<int>(min(remaining, tile));
 }
 
 }  // namespace
@@ -80,19 +76,24 @@ extern "C" __global__ void __launch_bounds__(kLinearThreads)
 
     for (int begin = 0; begin < columns; begin += kTileColumns) {
       const int tile_columns = at_most(columns - begin, kTileColumns);
-      // What lies outside is 0 in the tile; its products are never stored.
-      const int column = thread % kTileColumns;
+      const int warp = thread / kTileColumns, column = thread % kTileColumns;
       if (column < tile_columns) {
-        for (int s = thread / kTileColumns; s < kLinearTileSamples;
-             s += kLinearThreads / kTileColumns) {
-          inputs[s][column] =
-              s < tile_samples ? block_inputs[s * args.input.row_stride + begin + column] : 0.0f;
+        const float* source = block_inputs + begin + column;
+#pragma unroll 4
+        for (int i = 0; i < kLinearTileSamples / kWarps; ++i) {
+          const int s = warp + i * kWarps;
+          // Samples and rows that do not exist are 0 in the tile, and never stored.
+          inputs[s][column] = s < tile_samples ? source[s * args.input.row_stride] : 0.0f;
         }
       }
-      for (int c = y; c < tile_columns; c += kThreadsAlongSamples) {
-        const float* source = block_weights + int64_t{begin + c} * rows + kThreadRows * x;
-        weights[c][x] = {kThreadRows * x < tile_rows ? source[0] : 0.0f,
-                         kThreadRows * x + 1 < tile_rows ? source[1] : 0.0f};
+#pragma unroll
+      for (int i = 0; i < kTileColumns / kThreadsAlongSamples; ++i) {
+        const int c = y + i * kThreadsAlongSamples;
+        if (c < tile_columns) {
+          const float* source = block_weights + (begin + c) * args.weight.rows + kThreadRows * x;
+          weights[c][x] = {kThreadRows * x < tile_rows ? source[0] : 0.0f,
+                           kThreadRows * x + 1 < tile_rows ? source[1] : 0.0f};
+        }
       }
       __syncthreads();
 #pragma unroll 4
@@ -110,16 +111,21 @@ extern "C" __global__ void __launch_bounds__(kLinearThreads)
     }
   }
 
+  // Compared, not fmaxf, which would turn NaN into a number.
+  const float lowest = args.activation == Activation::kRelu ? 0.0f : -INFINITY;
 #pragma unroll
   for (int j = 0; j < kThreadRows; ++j) {
     const int row = kThreadRows * x + j;
     if (row >= tile_rows) break;
     const float bias = args.bias ? args.bias[first_output + row] : 0.0f;
+#pragma unroll
     for (int i = 0; i < kThreadSamples; ++i) {
       const int s = y + i * kThreadsAlongSamples;
-      if (s >= tile_samples) break;
-      args.output.data[(first_sample + s) * args.output.row_stride + first_output + row] =
-          activate(sums[i][j] + bias, args.activation);
+      if (s < tile_samples) {
+        const float value = sums[i][j] + bias;
+        args.output.data[(first_sample + s) * args.output.row_stride + first_output + row] =
+            value < lowest ? lowest : value;
+      }
     }
   }
 }

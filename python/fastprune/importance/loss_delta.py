@@ -67,14 +67,15 @@ class LossDeltas:
         self.total_weight = 0.0
 
     @torch.no_grad()
-    def add(self, batch: Batch) -> None:
-        """Add the deltas of one batch.
+    def add(self, batch: Batch, values: dict[fx.Node, Any] | None = None) -> None:
+        """Add the deltas of one batch; ``values`` are those of the traced model, if known already.
 
         Raises:
             ValueError: the loss, or the delta of a layer, is NaN or inf; the message names the layer.
 
         """
-        values = self.traced.run(batch) if self.traced is not None else None
+        if values is None and self.traced is not None:
+            values = self.traced.run(batch)
         output = batch.call(self.model) if values is None else values[self.traced.output_node]  # type: ignore[union-attr]
         logits = read_logits(output, self.output_transform)
         losses, weight = self.loss(logits, batch.targets, batch.size)

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sized
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch.nn.utils import parametrize
 from tqdm.auto import tqdm
 
@@ -100,7 +100,7 @@ def score(
             }
             if loader is not None:
                 batch = next(iterate_batches(loader, model_device(model), max_samples))
-                weight_uses = _weight_uses(model, layers, batch)
+                weight_uses, _ = _weight_uses(model, layers, batch)
         else:
             assert loader is not None
             total = sum(granularity.shape(weight_of(module).shape).numel() for module in layers.values())
@@ -111,15 +111,18 @@ def score(
                 unit="mask",
                 disable=not progress,
             ) as bar:
+                deltas = None
                 for batch in iterate_batches(loader, model_device(model), max_samples):
-                    if weight_uses is None:
-                        weight_uses = _weight_uses(model, layers, batch)
-                        traced = _checked(model, traced, batch)
+                    values = None
+                    if deltas is None:
+                        weight_uses, output = _weight_uses(model, layers, batch)
+                        traced, values = _checked(traced, batch, output)
                         deltas = LossDeltas(
                             model, layers, granularity, loss, output_transform, traced, norms, bar.update
                         )
-                    deltas.add(batch)
+                    deltas.add(batch, values)
                     num_samples += batch.size
+            assert deltas is not None
             scores = deltas.result()
             mean_loss = deltas.loss_sum / deltas.total_weight
     return ImportanceScores(
@@ -167,8 +170,10 @@ def _pruned(layers: dict[str, nn.Module], granularity: Granularity) -> dict[str,
 
 
 @torch.no_grad()
-def _weight_uses(model: nn.Module, layers: dict[str, nn.Module], batch: Batch) -> dict[str, float]:
-    """How often each layer's weights are multiplied for one sample, as FLOPs count it."""
+def _weight_uses(
+    model: nn.Module, layers: dict[str, nn.Module], batch: Batch
+) -> tuple[dict[str, float], Any]:
+    """How often each layer's weights are multiplied for one sample, and the output of the forward."""
     uses = dict.fromkeys(layers, 0.0)
 
     def count(name: str, out: int) -> Any:
@@ -182,26 +187,28 @@ def _weight_uses(model: nn.Module, layers: dict[str, nn.Module], batch: Batch) -
         for name, module in layers.items()
     ]
     try:
-        batch.call(model)
+        output = batch.call(model)
     finally:
         for handle in handles:
             handle.remove()
-    return uses
+    return uses, output
 
 
 @torch.no_grad()
-def _checked(model: nn.Module, traced: TracedModel | None, batch: Batch) -> TracedModel | None:
-    """Return the traced model if it gives what the model gives; a warning and None if not."""
+def _checked(
+    traced: TracedModel | None, batch: Batch, expected: Any
+) -> tuple[TracedModel | None, dict[fx.Node, Any] | None]:
+    """Return the traced model and its values if it gives what the model gave; a warning and None if not."""
     reason = "torch.fx cannot trace it"
     if traced is not None:
-        expected = batch.call(model)
         try:
-            output = traced.run(batch)[traced.output_node]
+            values = traced.run(batch)
+            output = values[traced.output_node]
             torch.testing.assert_close(output, expected, rtol=1e-4, atol=1e-5, equal_nan=True)
-            return traced
+            return traced, values
         except Exception as error:  # whatever differs, masked forwards are right
             reason = f"its trace does not give the same output ({type(error).__name__})"
     warnings.warn(
         f"fastprune: the model is scored by masked forwards, which is slower: {reason}", stacklevel=3
     )
-    return None
+    return None, None

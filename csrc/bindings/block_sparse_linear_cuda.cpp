@@ -1,0 +1,61 @@
+#include "../kernels/cuda/block_sparse_linear.h"
+
+#include <torch/csrc/stable/library.h>
+
+#include "block_sparse_linear.h"
+#include "cuda_stream.h"
+
+namespace fastprune {
+namespace {
+
+constexpr const char* kOp = "block_sparse_linear";
+
+// The indices are not read here: that would make the host wait for the device. BlockSparseTensor
+// validates them when it is made.
+Tensor block_sparse_linear_cuda(const Tensor& input, const Tensor& packed_values,
+                                const Tensor& crow_indices, const Tensor& col_indices,
+                                const std::optional<Tensor>& bias, int64_t out_features,
+                                const std::string& activation_name) {
+  const Activation activation = parse_activation(kOp, activation_name);
+  check_block_sparse_linear(kOp, input, packed_values, crow_indices, col_indices, bias,
+                            out_features);
+  if (input.scalar_type() != ScalarType::Float) {
+    throw_value_error(kOp, ": on CUDA `input` must have dtype Float, got ",
+                      dtype_text(input.scalar_type()));
+  }
+  const auto guard = device_guard(input);
+  const Tensor matrix = as_matrix(input);
+  const Tensor values = torch::stable::contiguous(packed_values);
+  const Tensor crow = torch::stable::contiguous(crow_indices);
+  const Tensor col = torch::stable::contiguous(col_indices);
+  std::optional<Tensor> contiguous_bias;
+  if (bias) contiguous_bias = torch::stable::contiguous(*bias);
+  const Tensor output = torch::stable::new_empty(input, output_shape(input, out_features));
+
+  BlockSparseLinearArgs<float> args;
+  args.input = matrix_view<float>(matrix);
+  args.weight.packed_values = static_cast<const float*>(values.const_data_ptr());
+  args.weight.crow_indices = static_cast<const int32_t*>(crow.const_data_ptr());
+  args.weight.col_indices = static_cast<const int32_t*>(col.const_data_ptr());
+  args.weight.block_rows = crow.size(0) - 1;
+  args.weight.rows = values.size(2);
+  args.weight.cols = values.size(1);
+  args.bias =
+      contiguous_bias ? static_cast<const float*>(contiguous_bias->const_data_ptr()) : nullptr;
+  args.output = {static_cast<float*>(output.mutable_data_ptr()), args.input.rows, out_features,
+                 out_features};
+  args.activation = activation;
+  check_launch(launch_block_sparse_linear(args, current_stream(input)), "block_sparse_linear_f32",
+               input, "input ", shape_text(input), ", packed_values ", shape_text(packed_values),
+               ", output ", shape_text(output));
+  return output;
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(fastprune, CUDA, library) {
+  library.impl("block_sparse_linear", TORCH_BOX(&block_sparse_linear_cuda));
+  library.impl("block_sparse_linear_inference", TORCH_BOX(&block_sparse_linear_cuda));
+}
+
+}  // namespace fastprune
