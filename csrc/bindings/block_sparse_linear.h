@@ -34,7 +34,8 @@ inline void check_block_sparse_linear(const char* op, const Tensor& input,
   check_size(op, "col_indices", col_indices, 0, packed_values.size(0));
   const int64_t rows = packed_values.size(2), cols = packed_values.size(1);
   if (rows < 1 || cols < 1) {
-    throw_value_error(op, ": `packed_values` must be [kept, cols, rows] with cols and rows >= 1, got ",
+    throw_value_error(op,
+                      ": `packed_values` must be [kept, cols, rows] with cols and rows >= 1, got ",
                       shape_text(packed_values));
   }
   if (out_features < 0) {

@@ -86,8 +86,7 @@ Tensor block_sparse_linear_cpu(const Tensor& input, const Tensor& packed_values,
   const Tensor col = torch::stable::contiguous(col_indices);
   std::optional<Tensor> contiguous_bias;
   if (bias) contiguous_bias = torch::stable::contiguous(*bias);
-  const Tensor output =
-      torch::stable::new_empty(input, output_shape(input, out_features));
+  const Tensor output = torch::stable::new_empty(input, output_shape(input, out_features));
   switch (input.scalar_type()) {
     case ScalarType::Float:
       run<float>(matrix, values, crow, col, contiguous_bias, activation, output, out_features);

@@ -6,7 +6,8 @@
 // targets [samples]            class indices in [0, classes)
 // sample_weight [samples]      or null for ones; 0 leaves a sample out
 // pieces  [pieces][4]          row_begin, row_end, col_begin, col_end: a rectangle of the weight
-// delta_sum[m] = sum_n sample_weight[n] * (CE(logits_m[n], targets[n]) - CE(logits[n], targets[n])),
+// delta_sum[m] = sum_n sample_weight[n] * (CE(logits_m[n], targets[n]) - CE(logits[n],
+// targets[n])),
 //   logits_m[n, c] = logits[n, c] - sum_{j in cols} hidden[n, j] * weight[c, j] for c in rows
 //
 // With p = softmax(logits), t = target, d_c = logits_c - logits_m,c:

@@ -35,6 +35,12 @@ def _block_sparse_linear_fake(
         packed_values.dim() == 3,
         f"{op}: `packed_values` must have 3 dimensions, got {list(packed_values.shape)}",
     )
+    tensors = {"packed_values": packed_values, "crow_indices": crow_indices, "col_indices": col_indices}
+    for name, tensor in (*tensors.items(), ("bias", bias)):
+        _check(
+            tensor is None or tensor.device == input.device,
+            f"{op}: `{name}` must be on {input.device}, got {getattr(tensor, 'device', None)}",
+        )
     for name, tensor in (("packed_values", packed_values), ("bias", bias)):
         _check(
             tensor is None or tensor.dtype == input.dtype,

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+import random
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -37,6 +40,11 @@ class Batch(NamedTuple):
 
         args, kwargs, targets = tree_map_only(Tensor, cut, (self.args, self.kwargs, self.targets))
         return Batch(args, kwargs, targets, size)
+
+    def fresh(self) -> Batch:
+        """Return the batch with copies of its inputs, for a model that may write into them."""
+        args, kwargs = tree_map_only(Tensor, torch.clone, (self.args, self.kwargs))
+        return self._replace(args=args, kwargs=kwargs)
 
     def to(self, device: torch.device) -> Batch:
         """Return the batch on a device."""
@@ -98,8 +106,8 @@ def iterate_batches(
         raise TypeError(f"`loader` must be an iterable of batches, got {type(loader).__name__}")
     if isinstance(loader, Tensor):
         raise TypeError("`loader` must be an iterable of batches, got a tensor")
-    if max_samples is not None and max_samples < 1:
-        raise ValueError(f"`max_samples` must be at least 1, got {max_samples}")
+    if max_samples is not None and (not isinstance(max_samples, int) or max_samples < 1):
+        raise ValueError(f"`max_samples` must be an integer of at least 1, got {max_samples!r}")
     seen = 0
     for raw in loader:
         batch = read_batch(raw)
@@ -113,6 +121,26 @@ def iterate_batches(
             return
     if seen == 0:
         raise ValueError("`loader` must yield at least one sample, got none")
+
+
+def count_batches(loader: Iterable[Any]) -> int | None:
+    """Return how many batches a loader says it has, or None where it does not know."""
+    try:
+        return len(loader)  # type: ignore[arg-type]
+    except TypeError:  # also a DataLoader over an IterableDataset, which has a __len__ that raises
+        return None
+
+
+@contextlib.contextmanager
+def keep_generators() -> Iterator[None]:
+    """Give the caller's random generators, which loaders draw from, back as they were."""
+    python_state, numpy_state = random.getstate(), np.random.get_state()
+    with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
+        try:
+            yield
+        finally:
+            random.setstate(python_state)
+            np.random.set_state(numpy_state)
 
 
 def model_device(model: nn.Module) -> torch.device:
@@ -142,15 +170,20 @@ def read_logits(output: Any, output_transform: OutputTransform | None) -> Any:
     )
 
 
-def count_correct(logits: Any, targets: Any, ignore_index: int) -> tuple[int, int]:
+def count_correct(logits: Any, targets: Any, loss: Loss) -> tuple[int, int]:
     """Return how many targets the largest logit names, and how many there are; 0, 0 for no classes."""
     if not isinstance(logits, Tensor) or not isinstance(targets, Tensor):
         return 0, 0
-    if logits.shape == targets.shape:  # binary, or probabilities of classes
+    if logits.shape == targets.shape:
+        if loss.is_cross_entropy and logits.dim() > 1:  # probabilities of classes
+            hits = logits.argmax(1) == targets.argmax(1)
+            return int(hits.sum()), hits.numel()
+        if not bool(((targets == 0) | (targets == 1)).all()):  # regression
+            return 0, 0
         return int(((logits > 0) == (targets > 0.5)).sum()), targets.numel()
     if targets.is_floating_point() or logits.dim() < 2:
         return 0, 0
-    kept = targets != ignore_index
+    kept = targets != loss.ignore_index
     return int((logits.argmax(1) == targets)[kept].sum()), int(kept.sum())
 
 
@@ -164,12 +197,17 @@ class Loss:
     def __init__(self, loss_fn: LossFunction | None = None) -> None:
         if loss_fn is not None and not callable(loss_fn):
             raise TypeError(f"`loss_fn` must be callable as loss_fn(outputs, targets), got {loss_fn!r}")
-        self.loss_fn = loss_fn
+        self.loss_fn = None if loss_fn is F.cross_entropy else loss_fn
+
+    @property
+    def is_cross_entropy(self) -> bool:
+        """Whether this is torch's cross-entropy; a subclass may compute anything."""
+        return self.loss_fn is None or type(self.loss_fn) is nn.CrossEntropyLoss
 
     @property
     def is_plain_cross_entropy(self) -> bool:
         """Whether this is cross-entropy without label smoothing or class weights."""
-        if isinstance(self.loss_fn, nn.CrossEntropyLoss):
+        if isinstance(self.loss_fn, nn.CrossEntropyLoss) and self.is_cross_entropy:
             return self.loss_fn.label_smoothing == 0.0 and self.loss_fn.weight is None
         return self.loss_fn is None
 
@@ -184,12 +222,15 @@ class Loss:
         The values are one per sample or element, or a single one: the batch's sum.
 
         Raises:
+            TypeError: the loss is no tensor.
             ValueError: the loss is neither a scalar nor one value per sample.
 
         """
-        if self.loss_fn is None or isinstance(self.loss_fn, nn.CrossEntropyLoss):
+        if self.loss_fn is None or self.is_cross_entropy:
             return self._cross_entropy(logits, targets)
         values = self.loss_fn(logits, targets)
+        if not isinstance(values, Tensor):
+            raise TypeError(f"`loss_fn` must return a tensor, got {type(values).__name__}")
         if values.dim() == 0:
             return values.double() * size, float(size)
         if values.shape != (size,):

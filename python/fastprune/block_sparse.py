@@ -56,6 +56,7 @@ class BlockSparseTensor:
             mask: bool ``[block_rows, block_cols]`` or None.
 
         Raises:
+            TypeError: ``mask`` is no tensor.
             ValueError: ``weight`` is no matrix, or ``blocksize`` or ``mask`` does not fit.
 
         """
@@ -71,6 +72,8 @@ class BlockSparseTensor:
         if mask is None:
             # NaN counts as nonzero, so a broken weight is not dropped unseen.
             mask = (blocks != 0).flatten(2).any(2)
+        if not isinstance(mask, Tensor):
+            raise TypeError(f"`mask` must be a bool tensor, got {type(mask).__name__}")
         if mask.dtype != torch.bool or tuple(mask.shape) != (block_rows, block_cols):
             raise ValueError(
                 f"`mask` must be a bool tensor of shape [{block_rows}, {block_cols}], "

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import dataclasses
 import json
 import os
 import random
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +16,12 @@ import numpy as np
 import torch
 from torch import nn
 
-from .batches import LossFunction, OutputTransform, iterate_batches, model_device
+from .batches import LossFunction, OutputTransform, iterate_batches, keep_generators, model_device
 from .distillation import OptimizerFactory, distill
 from .granularity import Block, Granularity, check_granularity
 from .importance import score
-from .masks import Masks, apply_masks_, check_sparsity, remove_masks_
+from .layers import check_model
+from .masks import Masks, apply_masks_, check_sparsity, piece_mask_of, remove_masks_
 from .metrics import evaluate
 from .modules import sparsify_
 from .serialization import load, save, write_atomically
@@ -42,18 +42,6 @@ class CompressionResult:
     model: nn.Module
     history: list[dict[str, Any]]
     dense_accuracy: float
-
-
-@contextlib.contextmanager
-def _own_generators() -> Iterator[None]:
-    """Give the caller's random generators back as they were."""
-    python_state, numpy_state = random.getstate(), np.random.get_state()
-    with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
-        try:
-            yield
-        finally:
-            random.setstate(python_state)
-            np.random.set_state(numpy_state)
 
 
 def _seed_round(seed: int, round_index: int) -> None:
@@ -175,10 +163,12 @@ def compress(
         TypeError: an argument is of the wrong kind.
 
     """
+    check_model(model)
     check_sparsity(sparsity)
     check_granularity(granularity)
-    if rounds < 1:
-        raise ValueError(f"`rounds` must be at least 1, got {rounds}")
+    for name, value in (("rounds", rounds), ("epochs", epochs)):
+        if not isinstance(value, int) or value < 1:
+            raise ValueError(f"`{name}` must be an integer of at least 1, got {value!r}")
     if teacher not in ("original", "previous"):
         raise ValueError(f"`teacher` must be 'original' or 'previous', got {teacher!r}")
     if optimizer is not None and (isinstance(optimizer, torch.optim.Optimizer) or not callable(optimizer)):
@@ -203,9 +193,10 @@ def compress(
     }
     checkpoints = _Checkpoints(checkpoint_dir, settings)
     history = checkpoints.history()
-    dense_accuracy = evaluate(model, val_loader, loss_fn=loss_fn, output_transform=output_transform)[
-        "accuracy"
-    ]
+    with keep_generators():  # loaders draw from them
+        dense_accuracy = evaluate(model, val_loader, loss_fn=loss_fn, output_transform=output_transform)[
+            "accuracy"
+        ]
 
     def too_low(entry: dict[str, Any]) -> bool:
         return max_accuracy_drop is not None and dense_accuracy - entry["accuracy"] > max_accuracy_drop
@@ -217,7 +208,7 @@ def compress(
         if too_low(history[-1]) and len(history) > 1:
             before_round = checkpoints.load(len(history) - 2, copy.deepcopy(model))
         student = checkpoints.load(len(history) - 1, student)
-    with _own_generators():
+    with keep_generators():
         for round_index in range(len(history), rounds):
             if history and too_low(history[-1]):
                 break
@@ -256,7 +247,8 @@ def compress(
     if history and too_low(history[-1]):
         student = before_round if before_round is not None else copy.deepcopy(model)
         history = history[:-1]
-    _convert(student, granularity, example_inputs, val_loader)
+    with keep_generators():
+        _convert(student, granularity, example_inputs, val_loader)
     return CompressionResult(student, history, dense_accuracy)
 
 
@@ -287,6 +279,8 @@ def _convert(
     if not isinstance(granularity, Block):
         remove_masks_(student)
         return
+    if all(piece_mask_of(module) is None for module in student.modules()):
+        return  # not even the first round was accurate enough
     if example_inputs is None:
         batch = next(iterate_batches(val_loader, model_device(student)))
         example_inputs = batch.kwargs or batch.args

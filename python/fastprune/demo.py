@@ -5,8 +5,10 @@ from __future__ import annotations
 import copy
 import gzip
 import json
+import math
 import struct
 import tempfile
+import zlib
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -25,6 +27,7 @@ from .modules import BlockSparseLinear, explain
 from .serialization import save
 from .timing import interleaved_medians
 
+CLASSES = 10
 HIDDEN_FEATURES = 1024
 SPARSITIES = (0.75, 0.9)
 BATCH_SIZES = (1, 256)
@@ -66,7 +69,12 @@ def read_idx(path: Path) -> np.ndarray:
         ValueError: the file is none, or truncated.
 
     """
-    data = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
+    data = path.read_bytes()
+    if path.suffix == ".gz":
+        try:
+            data = gzip.decompress(data)
+        except (OSError, EOFError, zlib.error) as error:
+            raise ValueError(f"{path.name} is no whole gzip file: {error}") from error
     if len(data) < 4 or data[:3] != b"\x00\x00\x08":
         raise ValueError(f"{path.name} is no IDX file of unsigned bytes")
     dimensions = data[3]
@@ -74,7 +82,7 @@ def read_idx(path: Path) -> np.ndarray:
     if len(data) < header:
         raise ValueError(f"{path.name} is truncated")
     shape = struct.unpack(f">{dimensions}I", data[4:header])
-    if len(data) - header != int(np.prod(shape, dtype=np.int64)):
+    if len(data) - header != math.prod(shape):
         raise ValueError(f"{path.name} must hold {shape} bytes after its header, got {len(data) - header}")
     return np.frombuffer(data, dtype=np.uint8, offset=header).reshape(shape)
 
@@ -84,24 +92,30 @@ def load_idx_data(folder: Path | None) -> Data:
     if folder is None:
         raise ValueError("`--data fashion-mnist` needs `--data-dir`, the folder of its IDX files")
 
-    def read(stem: str) -> Tensor:
+    def read(stem: str, dimensions: int) -> Tensor:
         for name in (stem, f"{stem}.gz"):
             if (folder / name).is_file():
-                return torch.from_numpy(read_idx(folder / name).copy())
+                array = read_idx(folder / name)
+                if array.ndim != dimensions or not len(array):
+                    raise ValueError(f"{name} must have {dimensions} dimensions, got shape {array.shape}")
+                return torch.from_numpy(array.copy())
         raise FileNotFoundError(f"`--data-dir` must hold {stem} or {stem}.gz, {folder} does not")
 
-    def images(stem: str) -> Tensor:
-        return read(stem).flatten(1).float() / 255.0
+    def part(prefix: str) -> tuple[Tensor, Tensor]:
+        images, labels = read(f"{prefix}-images-idx3-ubyte", 3), read(f"{prefix}-labels-idx1-ubyte", 1)
+        if len(images) != len(labels) or int(labels.max()) >= CLASSES:
+            raise ValueError(
+                f"{prefix}-labels-idx1-ubyte must hold a label below {CLASSES} for each of {len(images)} images"
+            )
+        return images.flatten(1).float() / 255.0, labels.long()
 
-    return Data(
-        images("train-images-idx3-ubyte"),
-        read("train-labels-idx1-ubyte").long(),
-        images("t10k-images-idx3-ubyte"),
-        read("t10k-labels-idx1-ubyte").long(),
-    )
+    data = Data(*part("train"), *part("t10k"))
+    if data.train_inputs.shape[1] != data.test_inputs.shape[1]:
+        raise ValueError("`--data-dir` must hold training and test images of the same size")
+    return data
 
 
-def make_model(in_features: int, classes: int = 10) -> nn.Sequential:
+def make_model(in_features: int, classes: int = CLASSES) -> nn.Sequential:
     """Return an untrained MLP with two hidden layers of 1024."""
     return nn.Sequential(
         nn.Linear(in_features, HIDDEN_FEATURES),
@@ -233,6 +247,8 @@ def run(data_name: str, data_dir: Path | None, json_path: Path | None, *, progre
         progress: whether progress bars are shown.
 
     """
+    if json_path is not None and not json_path.parent.is_dir():
+        raise FileNotFoundError(f"`--json` must be in a folder that exists, got {json_path}")
     data = load_digits_data() if data_name == "digits" else load_idx_data(data_dir)
     torch.manual_seed(0)
     train_set = TensorDataset(data.train_inputs, data.train_labels)

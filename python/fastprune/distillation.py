@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sized
+import time
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -14,11 +15,13 @@ from .batches import (
     Loss,
     LossFunction,
     OutputTransform,
+    count_batches,
     count_correct,
     iterate_batches,
     model_device,
     read_logits,
 )
+from .layers import check_model
 
 OptimizerFactory = Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer]
 OptimizerOrFactory = torch.optim.Optimizer | OptimizerFactory | None
@@ -32,10 +35,22 @@ def distillation_loss(student_logits: Tensor, teacher_logits: Tensor, temperatur
 
     Args:
         student_logits: ``[samples, classes, *]``.
-        teacher_logits: the same shape.
+        teacher_logits: the same shape; ``[samples]`` or one class: the log-odds of two.
         temperature: above 0.
 
+    Raises:
+        ValueError: the shapes differ.
+
     """
+    if student_logits.shape != teacher_logits.shape:
+        raise ValueError(
+            f"`teacher` must give outputs of the student's shape {list(student_logits.shape)}, "
+            f"got {list(teacher_logits.shape)}"
+        )
+    if student_logits.dim() == 1 or student_logits.shape[1] == 1:
+        student_logits, teacher_logits = (
+            torch.stack([logits, torch.zeros_like(logits)], 1) for logits in (student_logits, teacher_logits)
+        )
     student = F.log_softmax(student_logits.float() / temperature, dim=1)
     teacher = F.log_softmax(teacher_logits.float() / temperature, dim=1)
     divergence = F.kl_div(student, teacher, log_target=True, reduction="none").sum(1)
@@ -112,8 +127,10 @@ def distill(
     """
     if mode != "one_way":
         raise ValueError(f"`mode` must be 'one_way', got {mode!r}")
-    if epochs < 1:
-        raise ValueError(f"`epochs` must be at least 1, got {epochs}")
+    check_model(student, "student")
+    check_model(teacher, "teacher")
+    if not isinstance(epochs, int) or epochs < 1:
+        raise ValueError(f"`epochs` must be an integer of at least 1, got {epochs!r}")
     if not temperature > 0:
         raise ValueError(f"`temperature` must be above 0, got {temperature}")
     if not 0.0 <= hard_label_weight <= 1.0:
@@ -127,10 +144,10 @@ def distill(
         teacher.eval()
         student.train()
         for epoch in range(epochs):
-            batches = len(loader) if isinstance(loader, Sized) else None
+            start = time.perf_counter()
             with tqdm(
                 iterate_batches(loader, device),
-                total=batches,
+                total=count_batches(loader),
                 desc=f"distill {epoch + 1}/{epochs}",
                 disable=not progress,
             ) as bar:
@@ -146,7 +163,7 @@ def distill(
                         output_transform,
                     )
                 )
-                history[-1]["seconds"] = bar.format_dict["elapsed"]
+                history[-1]["seconds"] = time.perf_counter() - start
     finally:
         for module, training in flags:
             module.training = training
@@ -166,7 +183,7 @@ def _run_epoch(
     loss_sum = 0.0
     samples = correct = counted = 0
     for batch in batches:
-        logits = read_logits(batch.call(student), output_transform)
+        logits = read_logits(batch.fresh().call(student), output_transform)
         total = logits.new_zeros(())
         if hard_label_weight > 0:
             values, weight = loss(logits, batch.targets, batch.size)
@@ -183,7 +200,7 @@ def _run_epoch(
         optimizer.step()
         loss_sum += float(total.detach()) * batch.size
         samples += batch.size
-        hits, seen = count_correct(logits, batch.targets, loss.ignore_index)
+        hits, seen = count_correct(logits, batch.targets, loss)
         correct += hits
         counted += seen
     return {"loss": loss_sum / samples, "accuracy": correct / counted if counted else float("nan")}

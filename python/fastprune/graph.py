@@ -55,6 +55,11 @@ def _writes_in_place(node: fx.Node) -> bool:
     return False
 
 
+def has_forward_hooks(module: nn.Module) -> bool:
+    """Tell whether hooks may change what goes into a module or comes out of it."""
+    return bool(module._forward_pre_hooks or module._forward_hooks)
+
+
 class TracedModel:
     """A model as a graph of calls without side effects.
 
@@ -73,6 +78,7 @@ class TracedModel:
         self._modules = dict(model.named_modules(remove_duplicate=False))
         self._parameter_names = list(inspect.signature(model.forward).parameters)
         self._suffixes: dict[fx.Node, list[fx.Node]] = {}
+        self._uses: dict[fx.Node, set[int]] = {}
 
     @classmethod
     def trace(cls, model: nn.Module) -> TracedModel | None:
@@ -110,11 +116,28 @@ class TracedModel:
         return self._modules.get(str(node.target)) if node.op == "call_module" else None
 
     def single_call(self, module: nn.Module) -> fx.Node | None:
-        """Return the node that calls a module with one argument, or None where there is not exactly one."""
-        calls = [node for node in self.nodes if self.module_of(node) is module]
-        if len(calls) == 1 and len(calls[0].args) == 1 and not calls[0].kwargs:
-            return calls[0]
+        """Return the node that calls a module with one argument, or None where that is not its only use.
+
+        Its parameters may also be read (``F.linear(x, self.encoder.weight)``), or it may be called from
+        within a module that the trace does not enter.
+        """
+        parts = {id(part) for part in (module, *module.parameters(), *module.buffers())}
+        calls = [node for node in self.nodes if not parts.isdisjoint(self._used(node))]
+        if len(calls) == 1 and self.module_of(calls[0]) is module:
+            (node,) = calls
+            return node if len(node.args) == 1 and not node.kwargs else None
         return None
+
+    def _used(self, node: fx.Node) -> set[int]:
+        """Ids of the modules and tensors of the model that a node uses."""
+        if node not in self._uses:
+            used: list[Any] = []
+            if node.op == "call_module":
+                used = list(self._modules[str(node.target)].modules())
+            elif node.op == "get_attr":
+                used = [operator.attrgetter(str(node.target))(self.model)]
+            self._uses[node] = {id(part) for part in used}
+        return self._uses[node]
 
     def _evaluate(self, node: fx.Node, values: dict[fx.Node, Any]) -> Any:
         args, kwargs = fx.node.map_arg((node.args, node.kwargs), values.__getitem__)
@@ -175,16 +198,16 @@ class TracedModel:
     def batch_norm_of(self, node: fx.Node) -> fx.Node | None:
         """Return the batch norm that is the only consumer of a node's value, or None."""
         consumer = self.only_consumer(node)
-        if consumer is not None and isinstance(
-            self.module_of(consumer), (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
-        ):
-            return consumer
+        norm = self.module_of(consumer) if consumer is not None else None
+        if isinstance(norm, (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)):
+            return self.single_call(norm)
         return None
 
     def is_elementwise(self, node: fx.Node) -> bool:
         """Tell whether a node applies a known elementwise function to one input."""
         if node.op == "call_module":
-            return isinstance(self.module_of(node), ELEMENTWISE_MODULES)
+            module = self.module_of(node)
+            return isinstance(module, ELEMENTWISE_MODULES) and not has_forward_hooks(module)
         if len(node.all_input_nodes) != 1 or len(node.args) != 1:
             return False
         if node.op == "call_function":

@@ -36,21 +36,27 @@ def _matches(selection: Selection, name: str, module: nn.Module, argument: str) 
     return False
 
 
+def check_model(model: object, name: str = "model") -> nn.Module:
+    """Return the model, or raise TypeError for anything but a module."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"`{name}` must be a torch.nn.Module, got {type(model).__name__}")
+    return model
+
+
 def select_layers(
     model: nn.Module, include: Selection = None, exclude: Selection = None
 ) -> dict[str, nn.Module]:
     """Return the Linear and Conv2d layers of a model by name, in the model's order.
 
-    A layer whose weight is tied to another module is left out with a warning: a mask on one of them
-    would not reach the other.
+    Left out, with a warning, are a layer whose weight is tied to another module (a mask on one of them
+    would not reach the other), and one whose weight a hook makes anew in each forward (nn.utils.prune).
 
     Raises:
         TypeError: ``model`` is no module, or a selector is of no known kind.
         ValueError: nothing is left.
 
     """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"`model` must be a torch.nn.Module, got {type(model).__name__}")
+    check_model(model)
     owners: dict[int, set[str]] = {}
     for name, module in model.named_modules():
         for parameter in module._parameters.values():
@@ -64,12 +70,15 @@ def select_layers(
             continue
         if _matches(exclude, name, module, "exclude"):
             continue
-        weight = module.weight if not parametrize.is_parametrized(module, "weight") else None
-        tied = owners.get(id(weight), set()) - {name}
-        if tied:
-            warnings.warn(
-                f"fastprune: layer '{name}' is left out: its weight is tied to {sorted(tied)}", stacklevel=3
-            )
+        reason = None
+        if not parametrize.is_parametrized(module, "weight"):
+            tied = owners.get(id(module.weight), set()) - {name}
+            if tied:
+                reason = f"its weight is tied to {sorted(tied)}"
+            elif module._parameters.get("weight") is None:
+                reason = "its weight is no parameter; torch.nn.utils.prune.remove makes it one again"
+        if reason is not None:
+            warnings.warn(f"fastprune: layer '{name}' is left out: {reason}", stacklevel=3)
             continue
         layers[name] = module
     if not layers:

@@ -5,12 +5,14 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Iterator, Mapping
+from numbers import Real
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from .granularity import Granularity, check_granularity
+from .layers import check_model
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,7 +36,7 @@ class Budget:
         if len(given) != 1:
             raise ValueError(f"Budget needs exactly one of flops, params, bytes, got {given or 'none'}")
         (name, value) = next(iter(given.items()))
-        if not 0.0 < value <= 1.0:
+        if isinstance(value, bool) or not isinstance(value, Real) or not 0.0 < float(value) <= 1.0:
             raise ValueError(f"Budget `{name}` must be a fraction in (0, 1], got {value!r}")
 
     @property
@@ -71,6 +73,10 @@ class Masks(Mapping[str, Tensor]):
         self.norms = dict(norms or {})
         self._masks = dict(masks)
         for name, mask in self._masks.items():
+            if name not in self.weight_shapes:
+                raise ValueError(f"`weight_shapes` must name each layer of `masks`, '{name}' is missing")
+            if not isinstance(mask, Tensor):
+                raise TypeError(f"mask of layer '{name}' must be a tensor, got {type(mask).__name__}")
             expected = granularity.shape(self.weight_shapes[name])
             if mask.dtype != torch.bool or mask.shape != expected:
                 raise ValueError(
@@ -139,6 +145,7 @@ def _set_mask(module: nn.Module, parameter: str, mask: Tensor) -> None:
 
 def _targets(model: nn.Module, masks: Masks) -> list[tuple[nn.Module, str, Tensor]]:
     """Every (module, parameter, mask) that the masks touch, after checking that they fit the model."""
+    check_model(model)
     if not isinstance(masks, Masks):
         raise TypeError(f"`masks` must be fastprune Masks, got {type(masks).__name__}")
     modules = dict(model.named_modules())
@@ -167,7 +174,14 @@ def _targets(model: nn.Module, masks: Masks) -> list[tuple[nn.Module, str, Tenso
                 targets.append((norm, "weight", mask))
                 owners.append(norm)
             targets += [(owner, "bias", mask) for owner in owners]
-    return [target for target in targets if getattr(target[0], target[1]) is not None]
+    targets = [target for target in targets if getattr(target[0], target[1]) is not None]
+    for module, parameter, _ in targets:
+        if module._parameters.get(parameter) is None and not parametrize.is_parametrized(module, parameter):
+            raise ValueError(
+                f"`model` has a {type(module).__name__} whose {parameter} is no parameter; "
+                "torch.nn.utils.prune.remove makes it one again"
+            )
+    return targets
 
 
 def apply_masks_(model: nn.Module, masks: Masks) -> nn.Module:
@@ -191,7 +205,7 @@ def apply_masks_(model: nn.Module, masks: Masks) -> nn.Module:
 
 def remove_masks_(model: nn.Module) -> nn.Module:
     """Take the masks off a model in place and return it: plain parameters with plain zeros remain."""
-    for module in list(model.modules()):
+    for module in list(check_model(model).modules()):
         if not parametrize.is_parametrized(module):
             continue
         for parameter in list(module.parametrizations):  # type: ignore[arg-type]
@@ -202,7 +216,7 @@ def remove_masks_(model: nn.Module) -> nn.Module:
 
 def check_sparsity(sparsity: float, name: str = "sparsity") -> float:
     """Return the sparsity, or raise ValueError unless it is in [0, 1)."""
-    if isinstance(sparsity, bool) or not isinstance(sparsity, (int, float)) or not 0.0 <= sparsity < 1.0:
+    if isinstance(sparsity, bool) or not isinstance(sparsity, Real) or not 0.0 <= float(sparsity) < 1.0:
         raise ValueError(f"`{name}` must be a number in [0, 1), got {sparsity!r}")
     return float(sparsity)
 

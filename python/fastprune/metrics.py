@@ -20,6 +20,8 @@ from .batches import (
     model_device,
     read_logits,
 )
+from .granularity import is_scorable
+from .layers import check_model
 from .masks import piece_mask_of
 from .modules import BlockSparseLinear
 from .timing import interleaved_medians
@@ -46,6 +48,7 @@ def evaluate(
         ValueError: the loader is empty.
 
     """
+    check_model(model)
     loss = Loss(loss_fn)
     correct = counted = 0
     loss_sum = weight_sum = 0.0
@@ -57,7 +60,7 @@ def evaluate(
             losses, weight = loss(logits, batch.targets, batch.size)
             loss_sum += float(losses.sum())
             weight_sum += weight
-            hits, total = count_correct(logits, batch.targets, loss.ignore_index)
+            hits, total = count_correct(logits, batch.targets, loss)
             correct += hits
             counted += total
     finally:
@@ -70,14 +73,25 @@ def evaluate(
 
 
 def count_parameters(model: nn.Module) -> int:
-    """Return the number of weights that are left: masked ones are not counted, shared ones once."""
-    total = 0
+    """Return the number of weights that are left, shared ones once.
+
+    What is masked, a zero in the weight of a Linear or Conv2d, and the padding of blocks are not counted.
+    """
+    tensors = {id(parameter): parameter for parameter in model.parameters()}
+    pruned = {}
     for module in model.modules():
         for name in ("weight", "bias"):
             mask = piece_mask_of(module, name)
             if mask is not None:
-                total -= int((~mask).sum())
-    return total + sum(parameter.numel() for parameter in model.parameters())
+                pruned[id(mask)] = ~mask
+        weight = module._parameters.get(
+            "packed_values" if isinstance(module, BlockSparseLinear) else "weight"
+        )
+        if weight is not None and (is_scorable(module) or isinstance(module, BlockSparseLinear)):
+            pruned[id(weight)] = weight == 0
+    return sum(tensor.numel() for tensor in tensors.values()) - sum(
+        int(zeros.sum()) for zeros in pruned.values()
+    )
 
 
 def count_bytes(model: nn.Module) -> int:
@@ -92,8 +106,13 @@ def count_bytes(model: nn.Module) -> int:
 @torch.no_grad()
 def count_flops(model: nn.Module, example: Batch) -> int:
     """Return the multiplications and additions of one forward, those of skipped blocks left out."""
-    with FlopCounterMode(display=False) as counter:
-        example.call(model)
+    fast_path = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)  # its fused ops have no FLOP formula
+    try:
+        with FlopCounterMode(display=False) as counter:
+            example.call(model)
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fast_path)
     return int(counter.get_total_flops())
 
 
@@ -189,7 +208,7 @@ def compare(
         raise TypeError(
             f"`example_inputs` must be a tensor, a tuple or a dict, got {type(example_inputs).__name__}"
         )
-    models = (dense, compressed)
+    models = (check_model(dense, "dense"), check_model(compressed, "compressed"))
     device = model_device(dense)
     example = example.to(device)
     figures = [

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from .block_sparse import BlockSparseTensor
+from .layers import check_model
 from .masks import PieceMask, piece_mask_of
 from .modules import BlockSparseLinear, swap_modules
 
@@ -66,7 +67,7 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
         ValueError: the state holds something that is no tensor, or a foreign parametrization.
 
     """
-    manifest = _structure(model)
+    manifest = _structure(check_model(model))
     tensors: dict[str, Tensor] = {}
     aliases: dict[str, str] = {}
     first_by_memory: dict[tuple, str] = {}
@@ -94,7 +95,7 @@ def _read(path: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str, Tenso
         with safe_open(path, framework="pt") as file:
             manifest = json.loads((file.metadata() or {})["fastprune"])
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  no mapping
-    except (SafetensorError, OSError, ValueError) as error:
+    except (SafetensorError, OSError, ValueError, RecursionError) as error:
         raise ValueError(f"'{os.fspath(path)}' is no whole fastprune file: {error}") from error
     except KeyError as error:
         raise ValueError(f"'{os.fspath(path)}' was not saved by fastprune: it has no structure") from error
@@ -105,7 +106,7 @@ def _read(path: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str, Tenso
         if not isinstance(manifest.get(key), kind):
             raise ValueError(f"'{os.fspath(path)}' has a damaged structure: no {kind.__name__} '{key}'")
     for alias, source in manifest["aliases"].items():
-        if source not in tensors or alias in tensors:
+        if not isinstance(source, str) or source not in tensors or alias in tensors:
             raise ValueError(f"'{os.fspath(path)}' has a damaged structure: alias '{alias}' of '{source}'")
         tensors[alias] = tensors[source]
     return manifest, tensors
@@ -122,7 +123,7 @@ def _block_sparse_module(
             raise ValueError(f"it lacks {sorted(part for part, tensor in parts.items() if tensor is None)}")
         weight = BlockSparseTensor(packed_values, crow_indices, col_indices, (out_features, in_features))
         module = BlockSparseLinear(weight, bias, entry["activation"])
-    except (ValueError, TypeError, KeyError) as error:
+    except (ValueError, TypeError, KeyError, OverflowError, RuntimeError) as error:
         raise ValueError(f"the saved layer '{name}' is damaged: {error}") from error
     old = dict(fresh.named_modules()).get(name)
     sizes = (getattr(old, "out_features", None), getattr(old, "in_features", None))
@@ -135,8 +136,16 @@ def _block_sparse_module(
             f"`fresh_model` does not fit: layer '{name}' must be a Linear with {in_features} inputs and "
             f"{out_features} outputs, got {old}"
         )
-    device = next(iter(old.parameters())).device
-    return module.to(device).train(old.training)
+    _check_state(
+        {f"{name}.{part}": tensor for part, tensor in old.state_dict().items() if part == "bias"},
+        {f"{name}.{part}": tensor for part, tensor in module.state_dict().items() if part == "bias"},
+    )
+    parameter = next(iter(old.parameters()))
+    if packed_values.dtype != parameter.dtype:
+        raise ValueError(
+            f"`fresh_model` does not fit: layer '{name}' must be {packed_values.dtype}, got {parameter.dtype}"
+        )
+    return module.to(parameter.device).train(old.training)
 
 
 def load(path: str | os.PathLike[str], fresh_model: nn.Module) -> nn.Module:
@@ -156,19 +165,25 @@ def load(path: str | os.PathLike[str], fresh_model: nn.Module) -> nn.Module:
         ValueError: the file is truncated, tampered with or of another model; the message says where.
 
     """
+    check_model(fresh_model, "fresh_model")
     manifest, tensors = _read(path)
     replacements = {
         name: _block_sparse_module(name, entry, tensors, fresh_model)
         for name, entry in manifest["block_sparse_linear"].items()
     }
     modules = dict(fresh_model.named_modules())
+    # A module that is used in several places has its state under each of its names.
+    names: dict[int, list[str]] = {}
+    for name, module in fresh_model.named_modules(remove_duplicate=False):
+        names.setdefault(id(module), []).append(name)
     masks: list[tuple[nn.Module, str, Tensor]] = []
+    replaced = {alias: module for name, module in replacements.items() for alias in names[id(modules[name])]}
     expected = {
         name: tensor
         for name, tensor in fresh_model.state_dict().items()
-        if name.rpartition(".")[0] not in replacements
+        if name.rpartition(".")[0] not in replaced
     }
-    for name, module in replacements.items():
+    for name, module in replaced.items():
         expected.update({f"{name}.{key}": tensor for key, tensor in module.state_dict().items()})
     for entry in manifest["masked"]:
         if not (isinstance(entry, list) and len(entry) == 2 and all(isinstance(part, str) for part in entry)):
@@ -186,8 +201,14 @@ def load(path: str | os.PathLike[str], fresh_model: nn.Module) -> nn.Module:
                 f"got {mask.dtype} of shape {list(mask.shape)}"
             )
         if piece_mask_of(modules[name], parameter) is None:
-            expected[f"{key}.original"] = expected.pop(f"{prefix}{parameter}")
-            expected[f"{key}.0.mask"] = mask
+            for alias in names[id(modules[name])]:
+                prefix = f"{alias}." if alias else ""
+                if f"{prefix}{parameter}" not in expected:
+                    raise ValueError(f"the saved masks are damaged: {entry!r} is no plain parameter")
+                expected[f"{prefix}parametrizations.{parameter}.original"] = expected.pop(
+                    f"{prefix}{parameter}"
+                )
+                expected[f"{prefix}parametrizations.{parameter}.0.mask"] = mask
             masks.append((modules[name], parameter, mask.to(original.device)))
     _check_state(expected, tensors)
 
@@ -208,7 +229,7 @@ def _check_state(expected: dict[str, Tensor], tensors: dict[str, Tensor]) -> Non
         )
     for name, tensor in expected.items():
         saved = tensors[name]
-        if saved.shape != tensor.shape or saved.is_floating_point() != tensor.is_floating_point():
+        if saved.shape != tensor.shape or saved.dtype != tensor.dtype:
             raise ValueError(
                 f"the file does not fit `fresh_model`: '{name}' must be {tensor.dtype} of shape "
                 f"{list(tensor.shape)}, got {saved.dtype} of shape {list(saved.shape)}"

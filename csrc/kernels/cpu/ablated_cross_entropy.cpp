@@ -93,7 +93,7 @@ template <class T>
 struct Chunk {
   int64_t begin;
   int64_t end;
-  int64_t targets[kSamplesPerChunk];     // 0 where padded
+  int64_t targets[kSamplesPerChunk];      // 0 where padded
   T other_probability[kSamplesPerChunk];  // of the classes outside the piece's rows
 };
 
@@ -182,8 +182,7 @@ void ablated_cross_entropy_prepare(const AblatedCrossEntropyArgs<T>& args, int64
     for (int64_t n = begin; n < end; ++n) {
       const T* row = args.hidden.data + n * args.hidden.row_stride;
       for (int64_t j = first; j < last; ++j) {
-        args.hidden_transposed[j * args.padded_samples + n] =
-            n < args.hidden.rows ? row[j] : T{0};
+        args.hidden_transposed[j * args.padded_samples + n] = n < args.hidden.rows ? row[j] : T{0};
       }
     }
   }

@@ -44,8 +44,8 @@ inline V activate(V value, Activation activation) {
 // Not inlined: among its callers' variables GCC keeps half of the accumulators in memory, which
 // halves the speed.
 template <class T, int Lanes, int Vectors, int S>
-__attribute__((noinline)) void multiply_tile(const BlockSparseLinearArgs<T>& args, int64_t block_row, int64_t row,
-                   int64_t sample) {
+__attribute__((noinline)) void multiply_tile(const BlockSparseLinearArgs<T>& args,
+                                             int64_t block_row, int64_t row, int64_t sample) {
   using V = Vec<T, Lanes>;
   const auto& weight = args.weight;
   const int64_t stride = args.input.row_stride;
@@ -92,7 +92,8 @@ __attribute__((noinline)) void multiply_tile(const BlockSparseLinearArgs<T>& arg
   }
   // The last block row reaches past the outputs: its padded rows are not stored.
   T padded_bias[Vectors * Lanes] = {};
-  for (int64_t o = 0; o < remaining; ++o) padded_bias[o] = args.bias ? args.bias[first_output + o] : T{};
+  for (int64_t o = 0; o < remaining; ++o)
+    padded_bias[o] = args.bias ? args.bias[first_output + o] : T{};
 #pragma GCC unroll 12
   for (int s = 0; s < S; ++s) {
     T values[Vectors * Lanes];
@@ -127,7 +128,8 @@ void multiply_samples(const BlockSparseLinearArgs<T>& args, int64_t block_row, i
   }
 }
 
-// All samples for rows [row, rows) of a block row, in ever narrower vectors: any number of rows is covered.
+// All samples for rows [row, rows) of a block row, in ever narrower vectors: any number of rows is
+// covered.
 template <class T, int Lanes>
 void multiply_rows(const BlockSparseLinearArgs<T>& args, int64_t block_row, int64_t row) {
   if constexpr (Lanes == kLanes<T>) {
@@ -171,8 +173,8 @@ BlockSparseLinearArgs<T> tile_of(const BlockSparseLinearArgs<T>& args,
   result.output.data += first * args.output.row_stride;
   if (work.scratch_stride == 0) return result;
   for (int64_t s = 0; s < result.input.rows; ++s) {
-    __builtin_memcpy(scratch + s * work.scratch_stride, result.input.data + s * args.input.row_stride,
-                     args.input.cols * sizeof(T));
+    __builtin_memcpy(scratch + s * work.scratch_stride,
+                     result.input.data + s * args.input.row_stride, args.input.cols * sizeof(T));
   }
   result.input.data = scratch;
   result.input.row_stride = work.scratch_stride;

@@ -57,9 +57,9 @@ const CpuKernels& choose(const std::string& name) {
   for (const Entry& entry : kEntries) {
     if ((name.empty() || name == entry.kernels.isa) && entry.supported()) return entry.kernels;
   }
-  throw std::invalid_argument("fastprune: instruction set '" + name +
-                              "' is not available; this build on this CPU has: " +
-                              join(supported_cpu_isas()));
+  throw std::invalid_argument(
+      "fastprune: instruction set '" + name +
+      "' is not available; this build on this CPU has: " + join(supported_cpu_isas()));
 }
 
 std::atomic<const CpuKernels*> active{nullptr};

@@ -8,6 +8,7 @@ Three ways, each exact, the first that applies:
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -18,7 +19,7 @@ from torch.nn.utils import parametrize
 from .. import ops
 from ..batches import Batch, Loss, OutputTransform, read_logits
 from ..granularity import Block, Element, Granularity, Unit, weight_from_taps, weight_of
-from ..graph import TracedModel
+from ..graph import TracedModel, has_forward_hooks
 
 Advance = Callable[[int], None]
 
@@ -76,7 +77,7 @@ class LossDeltas:
         """
         if values is None and self.traced is not None:
             values = self.traced.run(batch)
-        output = batch.call(self.model) if values is None else values[self.traced.output_node]  # type: ignore[union-attr]
+        output = batch.fresh().call(self.model) if values is None else values[self.traced.output_node]  # type: ignore[union-attr]
         logits = read_logits(output, self.output_transform)
         losses, weight = self.loss(logits, batch.targets, batch.size)
         if not bool(losses.isfinite().all()):
@@ -148,8 +149,8 @@ class LossDeltas:
             return None
         last_node = traced.output_node.args[0]
         last = traced.module_of(last_node) if isinstance(last_node, fx.Node) else None
-        node = traced.single_call(module)
-        if not isinstance(last, nn.Linear) or node is None:
+        node = self._plain_call(name, module)
+        if not isinstance(last, nn.Linear) or not _is_plain(last) or node is None:
             return None
         assert isinstance(last_node, fx.Node)
         if traced.single_call(last) is not last_node:
@@ -198,7 +199,7 @@ class LossDeltas:
         losses: Tensor,
     ) -> Tensor:
         """Deltas by one masked suffix, or one masked forward, for each piece."""
-        node = self.traced.single_call(module) if self.traced is not None else None
+        node = self._plain_call(name, module)
         if node is not None and values is not None:
             outputs = self._masked_suffixes(name, module, node, values)
         else:
@@ -211,6 +212,14 @@ class LossDeltas:
                 deltas[index] = float((masked_losses - losses).sum())
             self.advance(1)
         return deltas
+
+    def _plain_call(self, name: str, module: nn.Module) -> fx.Node | None:
+        """The node that is the only use of a layer, if the layer computes what torch's own would."""
+        if self.traced is None or not _is_plain(module):
+            return None
+        if name in self.norms and has_forward_hooks(self.model.get_submodule(self.norms[name])):
+            return None
+        return self.traced.single_call(module)
 
     def _unit_node(self, name: str, node: fx.Node) -> fx.Node:
         """The node whose channel a masked unit sets to zero: the layer, or the batch norm after it."""
@@ -241,9 +250,8 @@ class LossDeltas:
                 if masked_weight is None:
                     yield None
                     continue
-                masked = torch.func.functional_call(
-                    module, {_parameter_name(module, "weight"): masked_weight}, (x,)
-                )
+                with _replaced([(module, "weight", masked_weight)]):
+                    masked = module(x)
                 yield traced.run_suffix(values, node, masked)
             return
         for row_begin, row_end, col_begin, col_end in _block_rectangles(self.pieces, weight.shape):
@@ -256,40 +264,66 @@ class LossDeltas:
             yield traced.run_suffix(values, node, masked)
 
     def _masked_forwards(self, name: str, module: nn.Module, batch: Batch) -> Iterator[Any]:
-        """The same by running the whole model with replaced parameters; the model is not touched."""
+        """The same by running the whole model with replaced parameters, which come back after each run."""
 
-        def run(replaced: dict[str, Tensor]) -> Any:
-            return torch.func.functional_call(self.model, replaced, batch.args, batch.kwargs)
+        def run(replaced: list[tuple[nn.Module, str, Tensor]]) -> Any:
+            with _replaced(replaced):
+                return batch.fresh().call(self.model)
 
         if isinstance(self.pieces, Unit):
-            owners = [(name, module)]
+            owners = [module]
             if name in self.norms:
-                owners.append((self.norms[name], self.model.get_submodule(self.norms[name])))
+                owners.append(self.model.get_submodule(self.norms[name]))
             for unit in range(weight_of(module).shape[0]):
-                replaced = {}
-                for owner_name, owner in owners:
+                replaced = []
+                for owner in owners:
                     for parameter in ("weight", "bias"):
                         tensor = getattr(owner, parameter)
                         if tensor is not None:
                             masked = tensor.clone()
                             masked[unit] = 0
-                            replaced[_qualified(owner_name, _parameter_name(owner, parameter))] = masked
+                            replaced.append((owner, parameter, masked))
                 yield run(replaced)
             return
-        parameter = _qualified(name, _parameter_name(module, "weight"))
         for masked_weight in _masked_weights(self.pieces, weight_of(module)):
-            yield None if masked_weight is None else run({parameter: masked_weight})
+            yield None if masked_weight is None else run([(module, "weight", masked_weight)])
 
 
-def _qualified(module_name: str, parameter: str) -> str:
-    return f"{module_name}.{parameter}" if module_name else parameter
+def _is_plain(module: nn.Module) -> bool:
+    """Whether a layer computes what torch's Linear or Conv2d does: no forward of its own, no hooks."""
+    forward = nn.Linear.forward if isinstance(module, nn.Linear) else nn.Conv2d.forward
+    own = type(module).forward is not forward or "forward" in vars(module)
+    return not own and not has_forward_hooks(module)
 
 
-def _parameter_name(module: nn.Module, parameter: str) -> str:
-    """The name under which functional_call replaces a parameter, parametrized or not."""
-    if parametrize.is_parametrized(module, parameter):
-        return f"parametrizations.{parameter}.original"
-    return parameter
+class _Fixed(nn.Module):
+    """A parametrization that gives one tensor, whatever it is given."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        super().__init__()
+        self.tensor = tensor
+
+    def forward(self, _: Tensor) -> Tensor:
+        return self.tensor
+
+
+@contextlib.contextmanager
+def _replaced(replacements: list[tuple[nn.Module, str, Tensor]]) -> Iterator[None]:
+    """Let modules compute with other tensors for a while.
+
+    torch.func.functional_call is no help: a module that is registered under two names keeps the
+    replacement for good, and it cannot reach behind a parametrization.
+    """
+    with contextlib.ExitStack() as undo:
+        for module, parameter, tensor in replacements:
+            if parametrize.is_parametrized(module, parameter):
+                chain: Any = module.parametrizations[parameter]  # type: ignore[index]
+                undo.callback(chain.__delitem__, len(chain))
+                chain.append(_Fixed(tensor))
+            else:
+                undo.callback(module._parameters.__setitem__, parameter, module._parameters[parameter])
+                module._parameters[parameter] = tensor  # type: ignore[assignment]
+        yield
 
 
 def _masked_weights(pieces: Granularity, weight: Tensor) -> Iterator[Tensor | None]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
+from numbers import Real
 
 import torch
 from torch import Tensor
@@ -124,8 +125,8 @@ class ImportanceScores(Mapping[str, Tensor]):
             if not isinstance(budget, Budget):
                 raise TypeError(f"`budget` must be a fastprune Budget, got {type(budget).__name__}")
             removable, cost = 1.0 - budget.fraction, budget.cost
-        elif threshold is not None and math.isnan(threshold):
-            raise ValueError("`threshold` must be a number, got NaN")
+        elif isinstance(threshold, bool) or not isinstance(threshold, Real) or math.isnan(threshold):
+            raise ValueError(f"`threshold` must be a number, got {threshold!r}")
         ranked = {
             name: torch.where(self.pruned[name], -torch.inf, layer) if name in self.pruned else layer
             for name, layer in self._scores.items()

@@ -3,15 +3,24 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Sized
-from typing import Any
+from collections.abc import Iterable
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, fx, nn
 from torch.nn.utils import parametrize
 from tqdm.auto import tqdm
 
-from ..batches import Batch, Loss, LossFunction, OutputTransform, iterate_batches, model_device
+from ..batches import (
+    Batch,
+    Loss,
+    LossFunction,
+    OutputTransform,
+    count_batches,
+    iterate_batches,
+    keep_generators,
+    model_device,
+)
 from ..granularity import Block, Granularity, check_granularity, weight_of
 from ..graph import TracedModel
 from ..layers import Selection, select_layers
@@ -24,10 +33,16 @@ CRITERIA = ("loss_delta", "magnitude")
 
 
 class _EvalMode:
-    """Eval mode for a while; every module's own flag comes back, whatever happens."""
+    """Eval mode for a while; every module's own flag and buffers come back, whatever happens."""
 
     def __init__(self, model: nn.Module) -> None:
         self.flags = [(module, module.training) for module in model.modules()]
+        self.buffers = [
+            (module, name, buffer, buffer.clone())
+            for module in model.modules()
+            for name, buffer in module._buffers.items()
+            if buffer is not None
+        ]
         self.model = model
 
     def __enter__(self) -> None:
@@ -36,6 +51,10 @@ class _EvalMode:
     def __exit__(self, *error: object) -> None:
         for module, training in self.flags:
             module.training = training
+        for module, name, buffer, before in self.buffers:
+            module._buffers[name] = buffer
+            if not torch.equal(buffer, before):  # a forward that counts its calls, say
+                buffer.copy_(before)
 
 
 def score(
@@ -88,10 +107,10 @@ def score(
     loss = Loss(loss_fn)
     if loader is None and criterion != "magnitude":
         raise TypeError(f"`loader` must be an iterable of batches for criterion '{criterion}', got None")
-    with _EvalMode(model):
+    with keep_generators(), _EvalMode(model):
         traced = TracedModel.trace(model)
         norms = _norms(model, layers, traced) if granularity.masks_whole_units else {}
-        weight_uses = None
+        first = None
         num_samples = 0
         mean_loss = None
         if criterion == "magnitude":
@@ -100,11 +119,12 @@ def score(
             }
             if loader is not None:
                 batch = next(iterate_batches(loader, model_device(model), max_samples))
-                weight_uses, _ = _weight_uses(model, layers, batch)
+                first = _first_forward(model, layers, batch)
+                norms = _fitting(norms, layers, first)
         else:
             assert loader is not None
             total = sum(granularity.shape(weight_of(module).shape).numel() for module in layers.values())
-            batches = len(loader) if isinstance(loader, Sized) and max_samples is None else None
+            batches = count_batches(loader) if max_samples is None else None
             with tqdm(
                 total=None if batches is None else total * batches,
                 desc="loss deltas",
@@ -115,8 +135,9 @@ def score(
                 for batch in iterate_batches(loader, model_device(model), max_samples):
                     values = None
                     if deltas is None:
-                        weight_uses, output = _weight_uses(model, layers, batch)
-                        traced, values = _checked(traced, batch, output)
+                        first = _first_forward(model, layers, batch)
+                        norms = _fitting(norms, layers, first)
+                        traced, values = _checked(traced, batch, first.output)
                         deltas = LossDeltas(
                             model, layers, granularity, loss, output_transform, traced, norms, bar.update
                         )
@@ -125,18 +146,18 @@ def score(
             assert deltas is not None
             scores = deltas.result()
             mean_loss = deltas.loss_sum / deltas.total_weight
-    return ImportanceScores(
-        scores,
-        granularity=granularity,
-        criterion=criterion,
-        weight_shapes={name: weight_of(module).shape for name, module in layers.items()},
-        pruned=_pruned(layers, granularity),
-        norms=norms,
-        weight_uses=weight_uses,
-        element_sizes={name: weight_of(module).element_size() for name, module in layers.items()},
-        loss=mean_loss,
-        num_samples=num_samples,
-    )
+        return ImportanceScores(
+            scores,
+            granularity=granularity,
+            criterion=criterion,
+            weight_shapes={name: weight_of(module).shape for name, module in layers.items()},
+            pruned=_pruned(layers, granularity),
+            norms=norms,
+            weight_uses=None if first is None else first.weight_uses,
+            element_sizes={name: weight_of(module).element_size() for name, module in layers.items()},
+            loss=mean_loss,
+            num_samples=num_samples,
+        )
 
 
 def _norms(model: nn.Module, layers: dict[str, nn.Module], traced: TracedModel | None) -> dict[str, str]:
@@ -169,16 +190,26 @@ def _pruned(layers: dict[str, nn.Module], granularity: Granularity) -> dict[str,
     return pruned
 
 
+class _FirstForward(NamedTuple):
+    """What one plain forward shows: its output, and for each layer the dimensions of its output and how
+    often its weights are multiplied for one sample, as FLOPs count it.
+    """  # noqa: D205
+
+    output: Any
+    weight_uses: dict[str, float]
+    output_dims: dict[str, int]
+
+
 @torch.no_grad()
-def _weight_uses(
-    model: nn.Module, layers: dict[str, nn.Module], batch: Batch
-) -> tuple[dict[str, float], Any]:
-    """How often each layer's weights are multiplied for one sample, and the output of the forward."""
+def _first_forward(model: nn.Module, layers: dict[str, nn.Module], batch: Batch) -> _FirstForward:
     uses = dict.fromkeys(layers, 0.0)
+    dims = dict.fromkeys(layers, 0)
 
     def count(name: str, out: int) -> Any:
-        def hook(module: nn.Module, inputs: tuple, output: Tensor) -> None:
-            uses[name] += output.numel() / out / batch.size
+        def hook(module: nn.Module, inputs: tuple, output: Any) -> None:
+            if isinstance(output, Tensor):
+                uses[name] += output.numel() / out / batch.size
+                dims[name] = output.dim()
 
         return hook
 
@@ -187,11 +218,20 @@ def _weight_uses(
         for name, module in layers.items()
     ]
     try:
-        output = batch.call(model)
+        output = batch.fresh().call(model)
     finally:
         for handle in handles:
             handle.remove()
-    return uses, output
+    return _FirstForward(output, uses, dims)
+
+
+def _fitting(norms: dict[str, str], layers: dict[str, nn.Module], first: _FirstForward) -> dict[str, str]:
+    """The norms whose channels are the layer's units: after a Linear on ``[*, L, features]`` they are L."""
+    return {
+        name: norm
+        for name, norm in norms.items()
+        if not (isinstance(layers[name], nn.Linear) and first.output_dims[name] != 2)
+    }
 
 
 @torch.no_grad()

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from ..batches import Batch, model_device
-from ..granularity import check_blocksize
+from ..granularity import check_blocksize, is_scorable
+from ..layers import check_model
 from ..masks import piece_mask_of, remove_masks_
 from ..timing import interleaved_medians
 from .linear import BlockSparseLinear
@@ -64,9 +65,11 @@ def _record_inputs(
     inputs: dict[str, list[Tensor]] = {name: [] for name in layers}
 
     def record(name: str) -> Callable[..., None]:
-        return lambda module, args: inputs[name].append(args[0].detach())
+        return lambda module, args, kwargs: inputs[name].append((*args, *kwargs.values())[0].detach())
 
-    handles = [module.register_forward_pre_hook(record(name)) for name, module in layers.items()]
+    handles = [
+        module.register_forward_pre_hook(record(name), with_kwargs=True) for name, module in layers.items()
+    ]
     try:
         for batch in batches:
             batch.call(model)
@@ -130,14 +133,17 @@ def sparsify_(
         ValueError: ``blocksize`` or ``policy`` is out of range. The model is left as it was.
 
     """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"`model` must be a torch.nn.Module, got {type(model).__name__}")
+    check_model(model)
     check_blocksize(blocksize)
     if policy not in ("measured", "always"):
         raise ValueError(f"`policy` must be 'measured' or 'always', got {policy!r}")
     device = model_device(model)
     batches = _example_batches(example_inputs, device)
-    masked = {name: module for name, module in model.named_modules() if piece_mask_of(module) is not None}
+    masked = {
+        name: module
+        for name, module in model.named_modules()
+        if is_scorable(module) and piece_mask_of(module) is not None
+    }
     linears = {name: module for name, module in masked.items() if isinstance(module, nn.Linear)}
     if not masked:
         warnings.warn("fastprune: sparsify_ found no masked layer; call apply_masks_ first", stacklevel=2)
@@ -228,22 +234,29 @@ def _blocks_with_any(mask: Tensor, blocksize: tuple[int, int]) -> Tensor:
 def swap_modules(model: nn.Module, replacements: Mapping[str, nn.Module]) -> Callable[[], None]:
     """Put modules at every place where the ones of these names are used; return the way back.
 
-    torch's encoder layer is kept from its fast path where one of its Linears goes.
+    torch's encoder is kept from its fast path where one of its Linears makes room for another module.
     """
     undo: list[Callable[[], None]] = []
+
+    def assign(owner: nn.Module, attribute: str, value: object) -> None:
+        undo.append(functools.partial(setattr, owner, attribute, getattr(owner, attribute)))
+        setattr(owner, attribute, value)
+
     new = {id(model.get_submodule(name)): module for name, module in replacements.items()}
     for parent in list(model.modules()):
-        swapped = False
         for child_name, child in parent._modules.items():
             if child is not None and id(child) in new:
                 undo.append(functools.partial(parent._modules.__setitem__, child_name, child))
                 parent._modules[child_name] = new[id(child)]
-                swapped = True
-        if swapped and isinstance(parent, nn.TransformerEncoderLayer):
-            # torch's fast path reads linear1.weight and would never call the swapped module.
-            flag = parent.activation_relu_or_gelu
-            undo.append(functools.partial(setattr, parent, "activation_relu_or_gelu", flag))
-            parent.activation_relu_or_gelu = 0
+    sparse = {id(module) for module in replacements.values() if not isinstance(module, nn.Linear)}
+    for parent in model.modules():
+        if not sparse.isdisjoint(id(module) for module in parent.modules()):
+            if isinstance(parent, nn.TransformerEncoderLayer):
+                # torch's fast path reads linear1.weight and would never call the swapped module.
+                assign(parent, "activation_relu_or_gelu", 0)
+            elif isinstance(parent, nn.TransformerEncoder):
+                # For that path the encoder packs padded inputs as nested tensors, which need it.
+                assign(parent, "use_nested_tensor", False)
 
     def revert() -> None:
         for step in undo:
@@ -260,16 +273,11 @@ def _is_slower(
 ) -> bool:
     """Whether the whole model is slower with the replacements than with plain dense layers."""
     dense = {name: _plain_linear(model.get_submodule(name)) for name in replacements}  # type: ignore[arg-type]
-    encoders = [module for module in model.modules() if isinstance(module, nn.TransformerEncoderLayer)]
-    fast_path = [layer.activation_relu_or_gelu for layer in encoders]
     candidates: tuple[Mapping[str, nn.Module], ...] = (dense, replacements)
     times: list[list[float]] = [[], []]
     for _ in range(15):
         for index, modules in enumerate(candidates):
             revert = swap_modules(model, modules)
-            if index == 0:
-                for layer, flag in zip(encoders, fast_path, strict=True):
-                    layer.activation_relu_or_gelu = flag
             try:
                 times[index] += interleaved_medians(
                     [lambda: [batch.call(model) for batch in batches]], repeats=1, warmup=1, device=device
@@ -295,7 +303,7 @@ def explain(model: nn.Module) -> str:
     def microseconds(seconds: float | None) -> str:
         return "-" if seconds is None else f"{seconds * 1e6:.1f}"
 
-    for name, module in model.named_modules():
+    for name, module in check_model(model).named_modules():
         choice = getattr(module, "_fastprune_choice", None)
         if choice is None and isinstance(module, BlockSparseLinear):
             choice = LayerChoice(

@@ -4,9 +4,17 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
 from .. import ops
 from ..block_sparse import BlockSparseTensor
+
+
+def _is_trainable(module: nn.Module, parameter: str) -> bool:
+    """Whether a parameter is trained; a masked one is made from others, and under no_grad hides it."""
+    if parametrize.is_parametrized(module, parameter):
+        return any(part.requires_grad for part in module.parametrizations[parameter].parameters())  # type: ignore[union-attr, index]
+    return bool(getattr(module, parameter).requires_grad)
 
 
 class BlockSparseLinear(nn.Module):
@@ -77,9 +85,9 @@ class BlockSparseLinear(nn.Module):
         with torch.no_grad():
             weight = BlockSparseTensor.from_dense(linear.weight, blocksize, mask)
             module = cls(weight, linear.bias, activation)
-        module.packed_values.requires_grad_(
-            linear.weight.requires_grad or any(p.requires_grad for p in linear.parameters())
-        )
+        for name, part in (("weight", module.packed_values), ("bias", module.bias)):
+            if part is not None:
+                part.requires_grad_(_is_trainable(linear, name))
         return module.train(linear.training)
 
     @property

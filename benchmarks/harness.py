@@ -1,0 +1,82 @@
+"""Measures one function against a baseline: checked first, timed by pytest-benchmark, ratio interleaved."""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+import fastprune as fp
+from fastprune.timing import interleaved_medians
+
+THREADS = (1, 2)
+
+
+@contextmanager
+def threads(count: int) -> Iterator[None]:
+    """Run with a number of CPU threads."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def measure(
+    benchmark: Any,
+    ours: Callable[[], Any],
+    baseline: Callable[[], Any],
+    *,
+    check: Callable[[Any, Any], None],
+    group: str,
+    flops: float | None = None,
+    device: torch.device | None = None,
+    **extra: Any,
+) -> float:
+    """Time ``ours`` and return how many times faster than ``baseline`` it is.
+
+    The speed-up is the ratio of medians of one interleaved run; pytest-benchmark's own time of ``ours``
+    stands beside it.
+
+    Args:
+        benchmark: pytest-benchmark's fixture.
+        ours: the function under test.
+        baseline: what it is compared with.
+        check: called with both results before any timing; raises if ours is wrong.
+        group: the table's section.
+        flops: multiplications and additions of one call of ours, for a rate.
+        device: a CUDA device to synchronise, or None.
+        extra: more columns; ``density`` adds the sparse efficiency.
+    """
+    check(ours(), baseline())
+    baseline_seconds, our_seconds = interleaved_medians(
+        [baseline, ours], repeats=15, warmup=3, device=device, minimum_seconds=2e-3
+    )
+    benchmark.group = group
+    speedup = baseline_seconds / our_seconds
+    benchmark.extra_info.update(
+        extra,
+        speedup=speedup,
+        our_seconds=our_seconds,
+        baseline_seconds=baseline_seconds,
+        threads=torch.get_num_threads(),
+        cpu_isa=fp.cpu_isa(),
+        torch=torch.__version__,
+        machine=platform.processor() or platform.machine(),
+    )
+    if flops is not None:
+        benchmark.extra_info["gflops"] = flops / our_seconds / 1e9
+    if "density" in extra:
+        benchmark.extra_info["sparse_efficiency"] = speedup * extra["density"]
+
+    def timed() -> None:
+        ours()
+        if device is not None:
+            torch.cuda.synchronize(device)
+
+    benchmark.pedantic(timed, rounds=15, warmup_rounds=2)
+    return speedup

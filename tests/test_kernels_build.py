@@ -1,0 +1,65 @@
+"""The kernels by themselves: they compile without torch, and run clean under the sanitizers."""
+
+from __future__ import annotations
+
+import os
+import platform
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+import fastprune as fp
+
+ROOT = Path(__file__).parent.parent
+KERNELS = ROOT / "csrc" / "kernels"
+COMPILER = os.environ.get("CXX") or shutil.which("g++") or shutil.which("c++")
+IS_X86 = platform.machine() in ("x86_64", "AMD64")
+ISA_FLAGS = {
+    "baseline": [],
+    "avx2": ["-mavx2", "-mfma"],
+    "avx512": ["-mavx512f", "-mavx512dq", "-mavx512bw", "-mavx512vl", "-mavx2", "-mfma"],
+}
+SANITIZERS = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-O1", "-g1"]
+
+pytestmark = pytest.mark.skipif(COMPILER is None, reason="no C++ compiler is on the path")
+
+
+def compile_kernels(folder: Path, isas: list[str], flags: list[str]) -> list[Path]:
+    """Compile every kernel file for each instruction set, and the dispatcher, with no include path."""
+    common = [str(COMPILER), "-std=gnu++17", "-ffp-contract=fast", "-Wno-psabi", "-Wall", *flags, "-c"]
+    objects = []
+    for source in sorted((KERNELS / "cpu").glob("*.cpp")):
+        variants = [""] if source.stem == "dispatch" else isas
+        for isa in variants:
+            objects.append(folder / f"{source.stem}_{isa}.o")
+            extra = [f"-DFASTPRUNE_CPU_NAMESPACE={isa}", *ISA_FLAGS[isa]] if isa else []
+            command = [*common, f"-DFASTPRUNE_X86_KERNELS={int(IS_X86)}", *extra]
+            subprocess.run([*command, str(source), "-o", str(objects[-1])], check=True, cwd=folder)
+    return objects
+
+
+def test_kernels_compile_without_torch_on_the_include_path(tmp_path: Path) -> None:
+    objects = compile_kernels(tmp_path, ["baseline"], ["-O0", "-Werror"])
+    assert len(objects) == len(list((KERNELS / "cpu").glob("*.cpp")))
+
+
+def test_kernels_run_clean_under_the_sanitizers(tmp_path: Path) -> None:
+    probe = tmp_path / "probe.cpp"
+    probe.write_text("int main() { return 0; }")
+    linked = subprocess.run(
+        [str(COMPILER), *SANITIZERS, str(probe), "-o", str(tmp_path / "probe")], capture_output=True
+    )
+    if linked.returncode != 0:
+        pytest.skip(f"the compiler has no sanitizers: {linked.stderr.decode()[:200]}")
+    isas = ["baseline", "avx2", "avx512"] if IS_X86 else ["baseline"]
+    objects = compile_kernels(tmp_path, isas, SANITIZERS)
+    program = tmp_path / "kernels_sanitized"
+    source = ROOT / "tests" / "cpp" / "kernels_sanitized.cpp"
+    command = [str(COMPILER), "-std=gnu++17", *SANITIZERS, f"-I{KERNELS}", str(source)]
+    subprocess.run([*command, *map(str, objects), "-o", str(program)], check=True)
+    for isa in fp.supported_cpu_isas():
+        result = subprocess.run([str(program), isa], capture_output=True, text=True)
+        assert result.returncode == 0, result.stdout + result.stderr
+        assert f"{isa}: 0 failures" in result.stdout
