@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from harness import THREADS, measure, threads
 from torch import Tensor, nn
 
 import fastprune as fp
+from harness import THREADS, measure, threads
 
 IN_FEATURES, HIDDEN_FEATURES, CLASSES, SAMPLES = 64, 1024, 10, 1000
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from harness import THREADS, measure, threads
 
 import fastprune as fp
 from fastprune import _library
+from harness import THREADS, measure, threads
 
 SHAPES = ((1024, 1024), (3072, 768), (768, 3072))
 SAMPLES = (1, 64, 256, 2048)

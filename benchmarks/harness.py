@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import platform
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -53,8 +54,15 @@ def measure(
         extra: more columns; ``density`` adds the sparse efficiency.
     """
     check(ours(), baseline())
+    start = time.perf_counter()
+    baseline()
+    slow = time.perf_counter() - start > 0.5
     baseline_seconds, our_seconds = interleaved_medians(
-        [baseline, ours], repeats=15, warmup=3, device=device, minimum_seconds=2e-3
+        [baseline, ours],
+        repeats=5 if slow else 15,
+        warmup=0 if slow else 3,
+        device=device,
+        minimum_seconds=2e-3,
     )
     benchmark.group = group
     speedup = baseline_seconds / our_seconds
@@ -75,7 +83,7 @@ def measure(
 
     def timed() -> None:
         ours()
-        if device is not None:
+        if device is not None and device.type == "cuda":
             torch.cuda.synchronize(device)
 
     benchmark.pedantic(timed, rounds=15, warmup_rounds=2)

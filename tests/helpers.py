@@ -60,7 +60,22 @@ class Snapshot:
 
 
 def as_double(tree):
-    return tree_map_only(torch.Tensor, lambda t: t.double() if t.is_floating_point() else t.clone(), tree)
+    return tree_map_only(
+        torch.Tensor, lambda t: t.to(torch.float64, copy=True) if t.is_floating_point() else t.clone(), tree
+    )
+
+
+def plain_double(model):
+    """A float64 copy in eval mode, its parametrizations turned into plain parameters."""
+    dense = copy.deepcopy(model).eval()
+    for module in list(dense.modules()):
+        if parametrize.is_parametrized(module):
+            tensors = {name: getattr(module, name).detach() for name in module.parametrizations}
+            module.__class__ = parametrize.type_before_parametrizations(module)
+            del module.parametrizations
+            for name, tensor in tensors.items():
+                setattr(module, name, nn.Parameter(tensor.clone()))
+    return dense.double()
 
 
 def call(model, inputs):
@@ -108,17 +123,17 @@ def pieces_of(granularity, shape):
 
 
 @torch.no_grad()
-def brute_force(model, loader, layer, granularity, sums=None, norm=None, pick=lambda output: output):
+def brute_force(
+    model, loader, layer, granularity, sums=None, norm=None, pick=lambda output: output, max_pieces=40
+):
     """Loss deltas of one layer, and the loss, by masked forwards of a float64 copy over the whole data set.
 
-    ``norm`` is the batch norm whose channels go with the layer's units.
+    ``norm`` is the batch norm whose channels go with the layer's units. Of more than ``max_pieces`` pieces
+    every second, third, ... is measured; the others are NaN.
     """
     sums = cross_entropy_sums() if sums is None else sums
-    dense = copy.deepcopy(model).double().eval()
-    for module in list(dense.modules()):
-        for name in list(getattr(module, "parametrizations", ())):
-            parametrize.remove_parametrizations(module, name)
-    batches = as_double([tuple(batch) if not isinstance(batch, dict) else batch for batch in loader])
+    dense = plain_double(model)
+    batches = as_double([batch if isinstance(batch, dict) else tuple(batch) for batch in loader])
 
     def mean_loss():
         totals = []
@@ -133,8 +148,10 @@ def brute_force(model, loader, layer, granularity, sums=None, norm=None, pick=la
     module = dense.get_submodule(layer)
     owners = [module] if norm is None else [module, dense.get_submodule(norm)]
     loss = mean_loss()
-    deltas = []
-    for index, piece in enumerate(pieces_of(granularity, module.weight.shape)):
+    pieces = list(pieces_of(granularity, module.weight.shape))
+    deltas = torch.full((len(pieces),), torch.nan, dtype=torch.float64)
+    for index in range(0, len(pieces), -(-len(pieces) // max_pieces)):
+        piece = pieces[index]
         tensors = [(module.weight, piece)]
         if isinstance(granularity, fp.Unit):
             whole = [owner.bias for owner in owners if owner.bias is not None]
@@ -142,16 +159,20 @@ def brute_force(model, loader, layer, granularity, sums=None, norm=None, pick=la
         before = [tensor.clone() for tensor, _ in tensors]
         for tensor, where in tensors:
             tensor[where] = 0
-        deltas.append(mean_loss() - loss)
+        deltas[index] = mean_loss() - loss
         for (tensor, _), values in zip(tensors, before, strict=True):
             tensor.copy_(values)
-    return torch.tensor(deltas, dtype=torch.float64), loss
+    return deltas, loss
 
 
 def assert_exact(scores, expected, loss):
-    """Within 1e-4 of the delta plus 1e-6 of the loss."""
-    error = (scores.flatten() - expected).abs()
-    excess = error - (1e-4 * expected.abs() + 1e-6 * abs(loss))
-    assert float(excess.max()) <= 0, f"piece {int(excess.argmax())} is off by {float(error[excess.argmax()]):.3e}"
-    # A score that is zero everywhere would pass for a layer that does not matter.
-    assert float(expected.abs().max()) > 1e-3 * abs(loss)
+    """Within 1e-4 of the delta plus 1e-6 of the loss, where a delta was measured."""
+    measured = ~expected.isnan()
+    scores, expected = scores.flatten()[measured], expected[measured]
+    error = (scores - expected).abs()
+    worst = int((error - 1e-4 * expected.abs()).argmax())
+    assert bool((error <= 1e-4 * expected.abs() + 1e-6 * abs(loss)).all()), (
+        f"a piece scored {float(scores[worst]):.6e}, its delta is {float(expected[worst]):.6e}"
+    )
+    # Scores that are all zero would pass for a layer that does not matter.
+    assert float(expected.abs().max()) > 1e-4 * abs(loss)

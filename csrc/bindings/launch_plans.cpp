@@ -22,8 +22,7 @@ py::dict as_dict(const LaunchPlan& plan) {
 
 py::dict plan_block_sparse_linear(int64_t samples, int64_t in_features, int64_t out_features,
                                   int64_t rows, int64_t cols) {
-  const auto plan =
-      plan_block_sparse_linear_cuda({samples, in_features, out_features, rows, cols});
+  const auto plan = plan_block_sparse_linear_cuda({samples, in_features, out_features, rows, cols});
   if (!plan) {
     throw_value_error("block_sparse_linear: no CUDA grid covers samples=", samples,
                       ", in_features=", in_features, ", out_features=", out_features,

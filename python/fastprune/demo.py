@@ -104,9 +104,7 @@ def load_idx_data(folder: Path | None) -> Data:
     def part(prefix: str) -> tuple[Tensor, Tensor]:
         images, labels = read(f"{prefix}-images-idx3-ubyte", 3), read(f"{prefix}-labels-idx1-ubyte", 1)
         if len(images) != len(labels) or int(labels.max()) >= CLASSES:
-            raise ValueError(
-                f"{prefix}-labels-idx1-ubyte must hold a label below {CLASSES} for each of {len(images)} images"
-            )
+            raise ValueError(f"{prefix}-labels-idx1-ubyte must hold {len(images)} labels below {CLASSES}")
         return images.flatten(1).float() / 255.0, labels.long()
 
     data = Data(*part("train"), *part("t10k"))

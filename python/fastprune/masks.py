@@ -131,13 +131,26 @@ def piece_mask_of(module: nn.Module, parameter: str = "weight") -> Tensor | None
     return None
 
 
-def _set_mask(module: nn.Module, parameter: str, mask: Tensor) -> None:
-    tensor = getattr(module, parameter)
-    mask = mask.to(tensor.device)
+def _own_class(module: nn.Module) -> None:
+    """Give a parametrized module a class of its own.
+
+    torch makes one class for each parametrized module, but a deep copy shares it, and parametrizing one of
+    them, or taking that back, would break the other.
+    """
+    if parametrize.is_parametrized(module):
+        shared = type(module)
+        body = {key: value for key, value in vars(shared).items() if key not in ("__dict__", "__weakref__")}
+        module.__class__ = type(shared.__name__, shared.__bases__, body)
+
+
+def set_piece_mask(module: nn.Module, parameter: str, mask: Tensor) -> None:
+    """Put a mask on a parameter, or in the place of the one that is there."""
+    mask = mask.to(getattr(module, parameter).device)
     existing = piece_mask_of(module, parameter)
     if existing is not None:
         existing.copy_(mask)
         return
+    _own_class(module)
     training = module.training
     parametrize.register_parametrization(module, parameter, PieceMask(mask.clone()))
     module.train(training)
@@ -199,7 +212,7 @@ def apply_masks_(model: nn.Module, masks: Masks) -> nn.Module:
 
     """
     for module, parameter, mask in _targets(model, masks):
-        _set_mask(module, parameter, mask)
+        set_piece_mask(module, parameter, mask)
     return model
 
 
@@ -210,6 +223,7 @@ def remove_masks_(model: nn.Module) -> nn.Module:
             continue
         for parameter in list(module.parametrizations):  # type: ignore[arg-type]
             if piece_mask_of(module, parameter) is not None:
+                _own_class(module)
                 parametrize.remove_parametrizations(module, parameter, leave_parametrized=True)
     return model
 

@@ -15,7 +15,7 @@ from torch.nn.utils import parametrize
 
 from .block_sparse import BlockSparseTensor
 from .layers import check_model
-from .masks import PieceMask, piece_mask_of
+from .masks import piece_mask_of, set_piece_mask
 from .modules import BlockSparseLinear, swap_modules
 
 FORMAT = 1
@@ -214,9 +214,7 @@ def load(path: str | os.PathLike[str], fresh_model: nn.Module) -> nn.Module:
 
     swap_modules(fresh_model, replacements)
     for owner, parameter, mask in masks:
-        training = owner.training
-        parametrize.register_parametrization(owner, parameter, PieceMask(mask))
-        owner.train(training)
+        set_piece_mask(owner, parameter, mask)
     fresh_model.load_state_dict(tensors)
     return fresh_model
 

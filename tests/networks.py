@@ -1,0 +1,206 @@
+"""Networks that make exact loss deltas hard: each guards one way in which a shortcut would be wrong."""
+
+from __future__ import annotations
+
+import types
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+
+class ResidualInPlace(nn.Module):
+    """Layers whose outputs are written over after they were read."""
+
+    def __init__(self, way):
+        super().__init__()
+        self.first = nn.Linear(7, 9)
+        self.second = nn.Linear(9, 9)
+        self.relu = nn.ReLU(inplace=True)
+        self.head = nn.Linear(9, 5)
+        self.way = way
+
+    def forward(self, x):
+        z = self.first(x)
+        if self.way == "module":
+            h = self.relu(z)
+            h = h + self.second(h)
+        elif self.way == "functional":
+            h = F.relu(z, inplace=True)
+            h = h + self.second(h)
+        elif self.way == "method":
+            h = z.relu_()
+            h = h + self.second(h)
+        elif self.way == "aliased":  # z is read again after the in-place relu has changed it
+            h = self.relu(z)
+            h = self.second(h) + z
+        else:
+            alias = h = torch.tanh(z)
+            h += self.second(h)
+            h = h + alias
+        return self.head(F.gelu(h))
+
+
+class SmallConvNet(nn.Module):
+    """Convolutions with padding, stride, groups and depthwise, each followed by a batch norm."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv1 = nn.Conv2d(3, 6, 3, padding=1, bias=False)
+        self.norm1 = nn.BatchNorm2d(6)
+        self.conv2 = nn.Conv2d(6, 8, 3, stride=2, padding=1, groups=2)
+        self.norm2 = nn.BatchNorm2d(8)
+        self.depthwise = nn.Conv2d(8, 8, (3, 1), padding=(1, 0), groups=8, bias=False)
+        self.skip = nn.Conv2d(8, 8, 1)
+        self.head = nn.Linear(8, 5)
+        for norm in (self.norm1, self.norm2):
+            spoil_norm(norm)
+
+    def forward(self, x):
+        x = F.relu(self.norm1(self.conv1(x)), inplace=True)
+        x = F.silu(self.norm2(self.conv2(x)))
+        x = self.depthwise(x) + self.skip(x)
+        return self.head(x.mean((2, 3)))
+
+
+def spoil_norm(norm):
+    """Give a fresh batch norm the statistics and channels of a trained one; return it."""
+    with torch.no_grad():
+        norm.running_mean.normal_(std=0.3)
+        norm.running_var.uniform_(0.5, 1.5)
+        norm.weight.uniform_(0.5, 1.5)
+        norm.bias.normal_(std=0.5)
+    return norm
+
+
+class SharedNorm(nn.Module):
+    """One batch norm after two layers: its channel does not go with either's unit."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = nn.Linear(7, 9), nn.Linear(9, 9)
+        self.norm = spoil_norm(nn.BatchNorm1d(9))
+        self.head = nn.Linear(9, 5)
+
+    def forward(self, x):
+        return self.head(F.relu(self.norm(self.second(F.relu(self.norm(self.first(x)))))))
+
+
+class NormOverSteps(nn.Module):
+    """A batch norm whose channels are the six steps, and not the six features, of a Linear's output."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(7, 6)
+        self.norm = spoil_norm(nn.BatchNorm1d(6))
+        self.head = nn.Linear(36, 5)
+
+    def forward(self, x):
+        steps = torch.stack([x * step for step in range(1, 7)], 1)
+        return self.head(F.relu(self.norm(self.layer(steps))).flatten(1))
+
+
+class SharedLayer(nn.Module):
+    """One layer called twice, under two names."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem = nn.Linear(7, 9)
+        self.layer = self.again = nn.Linear(9, 9)
+        self.head = nn.Linear(9, 5)
+
+    def forward(self, x):
+        return self.head(F.relu(self.again(F.relu(self.layer(self.stem(x))))))
+
+
+class TiedAutoencoder(nn.Module):
+    """A weight that is called as a layer and read as a tensor."""
+
+    def __init__(self):
+        super().__init__()
+        self.encoder = nn.Linear(7, 6)
+        self.head = nn.Linear(7, 5)
+
+    def forward(self, x):
+        hidden = torch.tanh(self.encoder(x))
+        return self.head(torch.tanh(F.linear(hidden, self.encoder.weight.t())))
+
+
+class PartOfEncoder(nn.Module):
+    """A layer that is called, and also used within torch's encoder layer, which a trace does not enter."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem = nn.Linear(7, 8)
+        self.encoder = nn.TransformerEncoderLayer(8, 2, 8, batch_first=True, norm_first=True)
+        self.head = nn.Linear(8, 5)
+
+    def forward(self, x):
+        return self.head(self.encoder.linear1(self.encoder(self.stem(x)[:, None])).squeeze(1))
+
+
+class DataDependent(nn.Module):
+    """Control flow that no trace follows."""
+
+    def __init__(self, wrap=lambda layer: layer):
+        super().__init__()
+        self.layer = wrap(nn.Linear(7, 9))
+        self.head = nn.Linear(9, 5)
+
+    def forward(self, x):
+        h = self.layer(x)
+        return self.head(torch.tanh(h) if h.sum() > 0 else F.relu(h))
+
+
+class WritesIntoInput(nn.Module):
+    """A forward that normalises its input in place."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(7, 9)
+        self.head = nn.Linear(9, 5)
+
+    def forward(self, x):
+        x.sub_(0.5)
+        return self.head(F.relu(self.layer(x)))
+
+
+class SigmoidLinear(nn.Linear):
+    """A Linear with a forward of its own: a masked unit gives 0.5."""
+
+    def forward(self, x):
+        return torch.sigmoid(super().forward(x))
+
+
+class Encoder(nn.Module):
+    """A transformer layer, attention by itself, and a classifier for each step: logits [N, C, L]."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem = nn.Linear(7, 8)
+        self.encoder = nn.TransformerEncoderLayer(8, 2, 17, dropout=0.3, batch_first=True)
+        self.attention = nn.MultiheadAttention(8, 4, batch_first=True)
+        self.head = nn.Linear(8, 5)
+
+    def forward(self, x):
+        x = self.encoder(self.stem(x))
+        x = x + self.attention(x, x, x, need_weights=False)[0]
+        return self.head(x).transpose(1, 2)
+
+
+class TwoInputs(nn.Module):
+    """Two inputs, and an output that is a dict or an object with `logits`."""
+
+    def __init__(self, output=dict):
+        super().__init__()
+        self.left, self.right = nn.Linear(7, 9), nn.Linear(4, 9)
+        self.head = nn.Linear(9, 5)
+        self.output = output
+
+    def forward(self, left, right=None):
+        hidden = self.left(left) if right is None else self.left(left) * self.right(right)
+        return self.output(logits=self.head(torch.tanh(hidden)), hidden=hidden)
+
+
+class Output(types.SimpleNamespace):
+    """What models of other libraries return: an object with `logits`."""

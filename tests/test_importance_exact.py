@@ -1,0 +1,378 @@
+"""score(criterion="loss_delta") against masked forwards in float64, for every kind of network."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import hypothesis
+import hypothesis.strategies as st
+import pytest
+import torch
+import torch.nn.functional as F
+from helpers import (
+    Snapshot,
+    assert_exact,
+    brute_force,
+    classification_batches,
+    cross_entropy_sums,
+    masked_mlp,
+    mean_sums,
+    mlp,
+)
+from networks import (
+    DataDependent,
+    Encoder,
+    NormOverSteps,
+    Output,
+    PartOfEncoder,
+    ResidualInPlace,
+    SharedLayer,
+    SharedNorm,
+    SigmoidLinear,
+    SmallConvNet,
+    TiedAutoencoder,
+    TwoInputs,
+    WritesIntoInput,
+    spoil_norm,
+)
+from torch import nn
+from torch.nn.utils.parametrizations import spectral_norm, weight_norm
+
+import fastprune as fp
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+GRANULARITIES = (fp.Block(4, 3), fp.Unit(), fp.Element())
+
+
+@dataclasses.dataclass
+class Case:
+    """A network, its data, and what is special about scoring it."""
+
+    model: Callable[[], nn.Module]
+    loader: Callable[[], list] = classification_batches
+    loss_fn: Any = None
+    sums: Callable | None = None
+    norms: dict[str, str] = dataclasses.field(default_factory=dict)
+    layers: tuple[str, ...] | None = None
+    traced: bool = True
+    granularities: tuple = GRANULARITIES
+    pick: Callable = lambda output: output
+
+
+def _images():
+    return classification_batches((6, 4, 1), (3, 7, 5))
+
+
+def _steps():
+    batches = [(torch.randn(size, 6, 7), torch.randint(0, 5, (size, 6))) for size in (5, 3, 1)]
+    batches[0][1][:, 4:] = -1
+    batches[1][1][1:] = -1  # most of a batch is left out: its mean would count too much
+    return batches
+
+
+def _pairs(form):
+    return [
+        (form(left, torch.randn(len(left), 4)), targets) for left, targets in classification_batches((15, 1))
+    ]
+
+
+def _hooked():
+    model = mlp()
+    model[0].register_forward_hook(lambda module, inputs, output: output + 1)
+    model[1].register_forward_hook(lambda module, inputs, output: output - output.mean(1, keepdim=True))
+    return model
+
+
+def _hooked_norm():
+    model = nn.Sequential(nn.Linear(7, 9), spoil_norm(nn.BatchNorm1d(9)), nn.ReLU(), nn.Linear(9, 5))
+    model[1].register_forward_hook(lambda module, inputs, output: output + 1)
+    return model
+
+
+def _partly_masked():
+    model, _ = masked_mlp(0.4, block=(2, 3), sizes=(7, 9, 5))
+    return model
+
+
+def _unit_masked():
+    model = nn.Sequential(nn.Linear(7, 9), spoil_norm(nn.BatchNorm1d(9)), nn.Sigmoid(), nn.Linear(9, 5))
+    masks = fp.Masks(
+        {"0": torch.arange(9) % 3 > 0}, fp.Unit(), {"0": model[0].weight.shape}, norms={"0": "1"}
+    )
+    return fp.apply_masks_(model, masks)
+
+
+CLASS_WEIGHT = torch.tensor([0.2, 3.0, 1.0, 0.5, 2.0])
+
+
+def _per_sample(output, targets):
+    return F.cross_entropy(output, targets, reduction="none") ** 2
+
+
+def _focal(output, targets):
+    losses = F.cross_entropy(output, targets, reduction="none")
+    return ((1 - torch.exp(-losses)) ** 2 * losses).mean()
+
+
+class FocalLoss(nn.CrossEntropyLoss):
+    """Inherits from cross-entropy and computes something else."""
+
+    def forward(self, output, targets):
+        return _focal(output, targets)
+
+
+def _multi_label():
+    return [(inputs, torch.rand(len(inputs), 5).round()) for inputs, _ in classification_batches()]
+
+
+LIGHT = (fp.Block(4, 3), fp.Unit())
+CASES = {
+    "relu": Case(mlp),
+    "gelu": Case(lambda: mlp(activation=nn.GELU)),
+    "sigmoid, which is not 0 at 0": Case(lambda: mlp(activation=nn.Sigmoid)),
+    "softplus, widths 1 and 151": Case(
+        lambda: mlp(1, 151, 3, nn.Softplus),
+        lambda: classification_batches(shape=(1,), classes=3),
+        granularities=LIGHT,
+    ),
+    "dropout in a model in train mode": Case(
+        lambda: nn.Sequential(nn.Linear(7, 9), nn.ReLU(), nn.Dropout(0.5), nn.Linear(9, 5)).train()
+    ),
+    "three layers without bias": Case(
+        lambda: nn.Sequential(
+            nn.Linear(7, 15, bias=False), nn.Tanh(), nn.Linear(15, 9), nn.SiLU(), nn.Linear(9, 5, bias=False)
+        )
+    ),
+    "softmax, which is not elementwise": Case(
+        lambda: nn.Sequential(nn.Linear(7, 9), nn.Softmax(1), nn.Linear(9, 5))
+    ),
+    "a single layer": Case(lambda: nn.Sequential(nn.Linear(7, 5))),
+    "batch norm between layer and activation": Case(
+        lambda: nn.Sequential(nn.Linear(7, 9), spoil_norm(nn.BatchNorm1d(9)), nn.Sigmoid(), nn.Linear(9, 5)),
+        norms={"0": "1"},
+    ),
+    "batch norm without channels": Case(
+        lambda: nn.Sequential(nn.Linear(7, 9), nn.BatchNorm1d(9, affine=False), nn.ReLU(), nn.Linear(9, 5))
+    ),
+    "batch norm after the activation": Case(
+        lambda: nn.Sequential(nn.Linear(7, 9), nn.ReLU(), spoil_norm(nn.BatchNorm1d(9)), nn.Linear(9, 5))
+    ),
+    "batch norm that two layers share": Case(SharedNorm),
+    "batch norm over steps": Case(NormOverSteps, granularities=LIGHT),
+    "batch norm with a hook": Case(_hooked_norm, norms={"0": "1"}),
+    "residual, relu module in place": Case(lambda: ResidualInPlace("module")),
+    "residual, functional relu in place": Case(lambda: ResidualInPlace("functional")),
+    "residual, relu_": Case(lambda: ResidualInPlace("method"), traced=False),
+    "residual, += on an alias": Case(lambda: ResidualInPlace("iadd"), traced=False),
+    "residual, in place and read again": Case(lambda: ResidualInPlace("aliased"), traced=False),
+    "input written in place": Case(WritesIntoInput, traced=False),
+    "convolutions": Case(
+        SmallConvNet,
+        _images,
+        norms={"conv1": "norm1", "conv2": "norm2"},
+        granularities=(fp.Block(4, 2), fp.Unit()),
+    ),
+    "convolutions in channels-last, by element": Case(
+        lambda: SmallConvNet().to(memory_format=torch.channels_last),
+        _images,
+        layers=("conv2", "depthwise"),
+        granularities=(fp.Element(),),
+    ),
+    "encoder layer, attention, steps with ignore_index": Case(
+        Encoder,
+        _steps,
+        nn.CrossEntropyLoss(ignore_index=-1),
+        cross_entropy_sums(ignore_index=-1),
+        granularities=LIGHT,
+    ),
+    "layer used twice": Case(SharedLayer),
+    "weight also read as a tensor": Case(TiedAutoencoder),
+    "layer also used within an encoder": Case(PartOfEncoder, layers=("encoder.linear1",)),
+    "layer with a forward of its own": Case(
+        lambda: nn.Sequential(SigmoidLinear(7, 9), nn.ReLU(), SigmoidLinear(9, 5))
+    ),
+    "forward hooks": Case(_hooked),
+    "data-dependent control flow": Case(DataDependent, traced=False),
+    "spectral norm": Case(lambda: mlp_with(spectral_norm), granularities=LIGHT),
+    "spectral norm, untraced": Case(lambda: DataDependent(spectral_norm), traced=False),
+    "weight norm, untraced": Case(lambda: DataDependent(weight_norm), traced=False),
+    "masked by blocks": Case(_partly_masked),
+    "masked by units": Case(_unit_masked, norms={"0": "1"}),
+    "keyword inputs, dict output": Case(
+        TwoInputs, lambda: _pairs(lambda a, b: {"left": a, "right": b}), pick=lambda output: output["logits"]
+    ),
+    "positional inputs, output with logits": Case(
+        lambda: TwoInputs(Output),
+        lambda: _pairs(lambda a, b: (a, b)),
+        pick=lambda output: output.logits,
+        traced=False,
+    ),
+    "batches that are dicts": Case(
+        TwoInputs,
+        lambda: [
+            {"left": x, "right": torch.randn(len(x), 4), "labels": y} for x, y in classification_batches()
+        ],
+        pick=lambda output: output["logits"],
+    ),
+    "ignore_index": Case(
+        mlp, lambda: _with_ignored(), nn.CrossEntropyLoss(ignore_index=3), cross_entropy_sums(ignore_index=3)
+    ),
+    "class weights": Case(
+        mlp, loss_fn=nn.CrossEntropyLoss(weight=CLASS_WEIGHT), sums=cross_entropy_sums(weight=CLASS_WEIGHT)
+    ),
+    "label smoothing with weights and ignore_index": Case(
+        mlp,
+        loss_fn=nn.CrossEntropyLoss(weight=CLASS_WEIGHT, label_smoothing=0.2, ignore_index=2),
+        sums=cross_entropy_sums(weight=CLASS_WEIGHT, label_smoothing=0.2, ignore_index=2),
+    ),
+    "functional cross-entropy": Case(mlp, loss_fn=F.cross_entropy),
+    "probabilities as targets": Case(
+        mlp,
+        lambda: [(x, torch.rand(len(x), 5).softmax(1)) for x, _ in classification_batches()],
+        sums=lambda output, targets: (F.cross_entropy(output, targets, reduction="sum"), len(targets)),
+    ),
+    "binary cross-entropy": Case(
+        mlp, _multi_label, nn.BCEWithLogitsLoss(), mean_sums(F.binary_cross_entropy_with_logits)
+    ),
+    "a value per sample": Case(mlp, loss_fn=_per_sample, sums=mean_sums(_per_sample)),
+    "a subclass of cross-entropy": Case(mlp, loss_fn=FocalLoss(), sums=mean_sums(_focal)),
+    "a model in double": Case(
+        lambda: mlp(activation=nn.Sigmoid).double(),
+        lambda: [(x.double(), y) for x, y in classification_batches()],
+    ),
+}
+
+
+def mlp_with(wrap):
+    model = mlp()
+    wrap(model[0])
+    return model
+
+
+def _with_ignored():
+    batches = classification_batches()
+    batches[0][1][2:] = 3
+    batches[-1][1][:] = 3  # the whole last batch
+    return batches
+
+
+def _check(case, model, loader, granularity):
+    layers = case.layers or tuple(
+        dict.fromkeys(
+            name for name, module in model.named_modules() if isinstance(module, (nn.Linear, nn.Conv2d))
+        )
+    )
+    pick_logits = None if case.pick is Case.pick else case.pick
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        scores = fp.score(
+            model,
+            loader,
+            granularity=granularity,
+            include=layers,
+            loss_fn=case.loss_fn,
+            output_transform=pick_logits,
+            progress=False,
+        )
+    own = [
+        str(w.message) for w in caught if "fastprune" in str(w.message) and "batch norm" not in str(w.message)
+    ]
+    assert len(own) == (0 if case.traced else 1), own
+    norms = case.norms if isinstance(granularity, fp.Unit) else {}
+    assert scores.norms == norms
+    assert scores.keys() == set(layers)
+    for layer in layers:
+        expected, loss = brute_force(
+            model, loader, layer, granularity, case.sums, norms.get(layer), case.pick
+        )
+        assert scores.loss == pytest.approx(loss, rel=1e-5)
+        assert_exact(scores[layer], expected, loss)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_loss_deltas_are_those_of_masked_forwards_in_float64(name):
+    case = CASES[name]
+    for granularity in case.granularities:
+        torch.manual_seed(0)
+        model, loader = case.model(), case.loader()
+        snapshot = Snapshot(model)
+        batches = copy.deepcopy(loader)
+        _check(case, model, loader, granularity)
+        snapshot.assert_unchanged()
+        torch.testing.assert_close(loader, batches, rtol=0, atol=0)
+
+
+@hypothesis.settings(max_examples=15)
+@hypothesis.given(
+    widths=st.lists(st.integers(1, 17), min_size=2, max_size=4),
+    sizes=st.lists(st.integers(1, 9), min_size=1, max_size=3),
+    activation=st.sampled_from([nn.ReLU, nn.Sigmoid, nn.ELU, nn.Hardswish, nn.PReLU]),
+    granularity=st.one_of(
+        st.builds(fp.Block, st.integers(1, 20), st.integers(1, 20)), st.just(fp.Unit()), st.just(fp.Element())
+    ),
+    bias=st.booleans(),
+)
+def test_loss_deltas_are_exact_for_any_mlp(widths, sizes, activation, granularity, bias):
+    torch.manual_seed(len(widths))
+    layers = []
+    for features, outputs in zip(widths, [*widths[1:], 5], strict=True):
+        layers += [nn.Linear(features, outputs, bias=bias), activation()]
+    model = nn.Sequential(*layers[:-1])
+    loader = classification_batches(sizes, (widths[0],))
+    scores = fp.score(model, loader, granularity=granularity, progress=False)
+    for layer in scores:
+        expected, loss = brute_force(model, loader, layer, granularity, max_pieces=12)
+        error = (scores[layer].flatten() - expected).abs()[~expected.isnan()]
+        allowed = (1e-4 * expected.abs() + 1e-6 * loss)[~expected.isnan()]
+        assert bool((error <= allowed).all())
+
+
+def test_the_loss_is_the_mean_over_samples_and_not_over_batches():
+    model = mlp()
+    whole = classification_batches((24,))
+    (inputs, targets), sizes = whole[0], [20, 3, 1]
+    ragged = list(zip(inputs.split(sizes), targets.split(sizes), strict=True))
+    with torch.no_grad():
+        by_batch = [float(F.cross_entropy(model(x), y)) for x, y in ragged]
+    for granularity in GRANULARITIES:
+        one = fp.score(model, whole, granularity=granularity, progress=False)
+        cut = fp.score(model, ragged, granularity=granularity, progress=False)
+        assert cut.loss == pytest.approx(one.loss, rel=1e-6)
+        assert cut.loss != pytest.approx(sum(by_batch) / 3, rel=1e-3)
+        for layer in one:
+            torch.testing.assert_close(cut[layer], one[layer], rtol=1e-4, atol=1e-6 * one.loss)
+
+
+def test_a_pruned_piece_has_a_delta_of_zero():
+    model, _ = masked_mlp(0.5, block=(2, 3), sizes=(7, 9, 5))
+    scores = fp.score(model, classification_batches(), granularity=fp.Block(2, 3), progress=False)
+    for layer, pruned in scores.pruned.items():
+        assert bool(pruned.any())
+        assert bool((scores[layer][pruned] == 0).all())
+        assert bool((scores[layer][~pruned] != 0).any())
+
+
+def test_scores_of_a_layer_do_not_depend_on_which_other_layers_are_scored():
+    model, loader = ResidualInPlace("module"), classification_batches()
+    together = fp.score(model, loader, granularity=fp.Block(4, 3), progress=False)
+    alone = fp.score(model, loader, granularity=fp.Block(4, 3), include="second", progress=False)
+    assert list(alone) == ["second"]
+    assert torch.equal(alone["second"], together["second"])
+
+
+def test_a_trained_model_whose_deltas_are_a_millionth_of_the_loss_keeps_their_digits():
+    model = mlp(7, 129)
+    with torch.no_grad():
+        model[2].weight[:, 64:] *= 1e-5
+    loader = classification_batches()
+    scores = fp.score(model, loader, granularity=fp.Unit(), include="0", progress=False)["0"]
+    expected, _ = brute_force(model, loader, "0", fp.Unit(), max_pieces=129)
+    tiny = expected[64:]
+    assert float(tiny.abs().max()) < 1e-5
+    error = (scores[64:] - tiny).abs()
+    assert float(error.max()) < 1e-3 * float(tiny.abs().max())
