@@ -7,14 +7,13 @@
 #
 # PYTHON  the Python that has a CUDA torch (python3)
 # OUT     where logs and results go (gpu_results)
-# BUILD   where the package is built and installed; kept, so that a second run is short
-#         (/tmp/fastprune_gpu)
+# BUILD   where the package is built and installed; kept, so that a second run is short (build/gpu)
 # BENCH   which benchmarks, a pytest -k expression (cuda)
 set -euo pipefail
 cd "$(dirname "$0")/.."
 PYTHON=${PYTHON:-python3}
 OUT=${OUT:-gpu_results}
-BUILD=${BUILD:-/tmp/fastprune_gpu}
+BUILD=${BUILD:-$PWD/build/gpu}
 BENCH=${BENCH:-cuda}
 STEPS=${*:-build test sanitize bench}
 CUDA_TESTS=tests/test_block_sparse_linear_cuda.py

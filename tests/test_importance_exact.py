@@ -13,6 +13,10 @@ import hypothesis.strategies as st
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import nn
+from torch.nn.utils.parametrizations import spectral_norm, weight_norm
+
+import fastprune as fp
 from helpers import (
     Snapshot,
     assert_exact,
@@ -39,10 +43,6 @@ from networks import (
     WritesIntoInput,
     spoil_norm,
 )
-from torch import nn
-from torch.nn.utils.parametrizations import spectral_norm, weight_norm
-
-import fastprune as fp
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -25,6 +25,7 @@ struct BlockSparseLinearArgs {
 // The work is a grid of (sample tile, block row). A block row costs its kept blocks plus one, for
 // the bias and the store; the positions of the grid are counted in that cost, so that equal
 // ranges of positions are equal work whatever the pattern.
+// For the CPU: it reads crow_indices, and the sizes are those of CPU caches.
 struct BlockSparseLinearWork {
   int64_t samples_per_tile;
   int64_t sample_tiles;

@@ -5,6 +5,7 @@ from __future__ import annotations
 import fnmatch
 import warnings
 from collections.abc import Callable, Iterable
+from typing import Any
 
 from torch import nn
 from torch.nn.utils import parametrize
@@ -15,22 +16,28 @@ Selector = str | type | Callable[[str, nn.Module], bool]
 Selection = Selector | Iterable[Selector] | None
 
 
-def _matches(selection: Selection, name: str, module: nn.Module, argument: str) -> bool:
+def _selectors(selection: Selection, argument: str) -> list[Selector]:
     if selection is None:
-        return False
-    selectors = [selection] if isinstance(selection, (str, type)) or callable(selection) else selection
+        return []
+    single = isinstance(selection, (str, type)) or callable(selection) or not isinstance(selection, Iterable)
+    selectors: list[Any] = [selection] if single else list(selection)  # type: ignore[arg-type]
+    for selector in selectors:
+        if not isinstance(selector, (str, type)) and not callable(selector):
+            raise TypeError(
+                f"`{argument}` must be module types, name globs or predicates (name, module) -> bool, "
+                f"got {selector!r}"
+            )
+    return selectors
+
+
+def _matches(selectors: list[Selector], name: str, module: nn.Module) -> bool:
     for selector in selectors:
         if isinstance(selector, str):
             matched = fnmatch.fnmatchcase(name, selector)
         elif isinstance(selector, type):
             matched = isinstance(module, selector)
-        elif callable(selector):
-            matched = bool(selector(name, module))
         else:
-            raise TypeError(
-                f"`{argument}` must be module types, name globs or predicates (name, module) -> bool, "
-                f"got {selector!r}"
-            )
+            matched = bool(selector(name, module))
         if matched:
             return True
     return False
@@ -57,6 +64,7 @@ def select_layers(
 
     """
     check_model(model)
+    included, excluded = _selectors(include, "include"), _selectors(exclude, "exclude")
     owners: dict[int, set[str]] = {}
     for name, module in model.named_modules():
         for parameter in module._parameters.values():
@@ -66,9 +74,9 @@ def select_layers(
     for name, module in model.named_modules():
         if not is_scorable(module):
             continue
-        if include is not None and not _matches(include, name, module, "include"):
+        if include is not None and not _matches(included, name, module):
             continue
-        if _matches(exclude, name, module, "exclude"):
+        if _matches(excluded, name, module):
             continue
         reason = None
         if not parametrize.is_parametrized(module, "weight"):

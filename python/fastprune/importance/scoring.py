@@ -249,6 +249,6 @@ def _checked(
         except Exception as error:  # whatever differs, masked forwards are right
             reason = f"its trace does not give the same output ({type(error).__name__})"
     warnings.warn(
-        f"fastprune: the model is scored by masked forwards, which is slower: {reason}", stacklevel=3
+        f"fastprune: the model is scored by masked forwards, which is slower: {reason}", stacklevel=4
     )
     return None, None

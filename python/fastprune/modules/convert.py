@@ -146,7 +146,7 @@ def sparsify_(
     }
     linears = {name: module for name, module in masked.items() if isinstance(module, nn.Linear)}
     if not masked:
-        warnings.warn("fastprune: sparsify_ found no masked layer; call apply_masks_ first", stacklevel=2)
+        warnings.warn("fastprune: sparsify_ found no masked layer; call apply_masks_ first", stacklevel=3)
 
     flags = [(module, module.training) for module in model.modules()]
     model.eval()
