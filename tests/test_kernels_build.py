@@ -45,6 +45,16 @@ def test_kernels_compile_without_torch_on_the_include_path(tmp_path: Path) -> No
     assert len(objects) == len(list((KERNELS / "cpu").glob("*.cpp")))
 
 
+@pytest.mark.parametrize("isa", fp.supported_cpu_isas())
+def test_vectorised_functions_keep_their_error_bounds(tmp_path: Path, isa: str) -> None:
+    program = tmp_path / "vec_accuracy"
+    source = ROOT / "tests" / "cpp" / "vec_accuracy.cpp"
+    flags = ["-std=gnu++17", "-O2", "-ffp-contract=fast", "-Wno-psabi", *ISA_FLAGS[isa], f"-I{KERNELS}"]
+    subprocess.run([str(COMPILER), *flags, str(source), "-o", str(program)], check=True)
+    result = subprocess.run([str(program)], capture_output=True, text=True)
+    assert result.returncode == 0, result.stdout
+
+
 def test_kernels_run_clean_under_the_sanitizers(tmp_path: Path) -> None:
     probe = tmp_path / "probe.cpp"
     probe.write_text("int main() { return 0; }")
