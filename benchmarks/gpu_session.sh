@@ -62,8 +62,8 @@ build() {
   local architecture
   architecture=$("$PYTHON" -c 'import torch; print("%d%d" % torch.cuda.get_device_capability())')
   "$PYTHON" -m pip install --no-index --no-build-isolation --no-deps --upgrade --target "$BUILD/site" \
-    -C build-dir="$BUILD/cmake" -C cmake.define.FASTPRUNE_CUDA=ON \
-    -C cmake.define.CMAKE_CUDA_ARCHITECTURES="$architecture" . >"$OUT/build.log" 2>&1 ||
+    --config-settings=build-dir="$BUILD/cmake" --config-settings=cmake.define.FASTPRUNE_CUDA=ON \
+    --config-settings=cmake.define.CMAKE_CUDA_ARCHITECTURES="$architecture" . >"$OUT/build.log" 2>&1 ||
     { tail -n 40 "$OUT/build.log"; return 1; }
   "$PYTHON" - <<'PYTHON_END' | tee "$OUT/machine.txt"
 import torch

@@ -27,7 +27,7 @@ def masked_mlp(sparsity=0.5, block=(4, 4), sizes=(17, 33, 10)):
     """A masked MLP 17-33-10 and inputs for it."""
     model = mlp(*sizes)
     scores = fp.score(model, None, criterion="magnitude", granularity=fp.Block(*block))
-    return fp.apply_masks_(model, scores.select(sparsity=sparsity)), torch.randn(6, sizes[0])
+    return fp.apply_masks_(model, scores.select(sparsity=sparsity, scope="layer")), torch.randn(6, sizes[0])
 
 
 class Snapshot:

@@ -316,6 +316,7 @@ def test_an_untraceable_model_is_reported_once_however_many_batches_there_are():
     assert len([w for w in caught if "fastprune" in str(w.message)]) == 1
 
 
+@pytest.mark.filterwarnings("ignore:fastprune. the model is scored by masked forwards")
 def test_an_untraceable_model_with_a_batch_norm_is_told_that_units_come_without_it():
     class Net(DataDependent):
         def __init__(self):

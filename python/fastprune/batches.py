@@ -195,7 +195,7 @@ class Loss:
     """
 
     def __init__(self, loss_fn: LossFunction | None = None) -> None:
-        if loss_fn is not None and not callable(loss_fn):
+        if loss_fn is not None and (isinstance(loss_fn, type) or not callable(loss_fn)):
             raise TypeError(f"`loss_fn` must be callable as loss_fn(outputs, targets), got {loss_fn!r}")
         self.loss_fn = None if loss_fn is F.cross_entropy else loss_fn
 

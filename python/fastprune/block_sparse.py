@@ -140,7 +140,11 @@ class BlockSparseTensor:
                 f"and blocksize {self.blocksize}"
             )
         return torch.sparse_bsr_tensor(
-            self.crow_indices, self.col_indices, self.values.contiguous(), tuple(self.shape)
+            self.crow_indices,
+            self.col_indices,
+            self.values.contiguous(),
+            tuple(self.shape),
+            check_invariants=False,  # validated already
         )
 
     def to(self, *args: object, **kwargs: object) -> BlockSparseTensor:

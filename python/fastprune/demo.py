@@ -31,6 +31,7 @@ CLASSES = 10
 HIDDEN_FEATURES = 1024
 SPARSITIES = (0.75, 0.9)
 BATCH_SIZES = (1, 256)
+ROUNDS = 5
 SCORED_SAMPLES = 128
 
 
@@ -263,8 +264,8 @@ def run(data_name: str, data_dir: Path | None, json_path: Path | None, *, progre
             train_loader,
             test_loader,
             sparsity=sparsity,
-            rounds=3,
-            epochs=5 if data_name == "digits" else 1,
+            rounds=ROUNDS,
+            epochs=4 if data_name == "digits" else 1,
             granularity=Block(16, 16),
             criterion="loss_delta",
             max_samples=SCORED_SAMPLES,

@@ -145,14 +145,16 @@ def _own_class(module: nn.Module) -> None:
 
 def set_piece_mask(module: nn.Module, parameter: str, mask: Tensor) -> None:
     """Put a mask on a parameter, or in the place of the one that is there."""
-    mask = mask.to(getattr(module, parameter).device)
+    tensor = getattr(module, parameter)
+    # In the memory format of the parameter, so that the masked one has it too.
+    mask = torch.empty_like(tensor, dtype=torch.bool, requires_grad=False).copy_(mask)
     existing = piece_mask_of(module, parameter)
     if existing is not None:
         existing.copy_(mask)
         return
     _own_class(module)
     training = module.training
-    parametrize.register_parametrization(module, parameter, PieceMask(mask.clone()))
+    parametrize.register_parametrization(module, parameter, PieceMask(mask))
     module.train(training)
 
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from .batches import (
@@ -107,9 +108,10 @@ def count_bytes(model: nn.Module) -> int:
 def count_flops(model: nn.Module, example: Batch) -> int:
     """Return the multiplications and additions of one forward, those of skipped blocks left out."""
     fast_path = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)  # its fused ops have no FLOP formula
+    # The fused ops of the encoder's fast path, and those of attention on a CPU, have no FLOP formula.
+    torch.backends.mha.set_fastpath_enabled(False)
     try:
-        with FlopCounterMode(display=False) as counter:
+        with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
             example.call(model)
     finally:
         torch.backends.mha.set_fastpath_enabled(fast_path)

@@ -197,8 +197,8 @@ def load(path: str | os.PathLike[str], fresh_model: nn.Module) -> nn.Module:
             raise ValueError(f"`fresh_model` does not fit: it has no '{parameter}' in layer '{name}' to mask")
         if mask.shape != original.shape or mask.dtype != torch.bool:
             raise ValueError(
-                f"the mask of '{name}.{parameter}' must be bool of shape {list(original.shape)}, "
-                f"got {mask.dtype} of shape {list(mask.shape)}"
+                f"`fresh_model` does not fit: the mask of '{name}.{parameter}' must be bool of shape "
+                f"{list(original.shape)}, got {mask.dtype} of shape {list(mask.shape)}"
             )
         if piece_mask_of(modules[name], parameter) is None:
             for alias in names[id(modules[name])]:
@@ -209,7 +209,7 @@ def load(path: str | os.PathLike[str], fresh_model: nn.Module) -> nn.Module:
                     f"{prefix}{parameter}"
                 )
                 expected[f"{prefix}parametrizations.{parameter}.0.mask"] = mask
-            masks.append((modules[name], parameter, mask.to(original.device)))
+            masks.append((modules[name], parameter, mask))
     _check_state(expected, tensors)
 
     swap_modules(fresh_model, replacements)

@@ -138,6 +138,8 @@ class BlockSparseLinear(nn.Module):
 
     def forward(self, input: Tensor) -> Tensor:
         """Return ``activation(input @ weight.T + bias)``."""
+        if input.shape[-1:] != (self.in_features,):  # the op cannot tell padding from one column more
+            raise ValueError(f"`input` must have {self.in_features} features, got shape {list(input.shape)}")
         return ops.block_sparse_linear(
             input,
             self.packed_values,

@@ -1,0 +1,252 @@
+"""compress: rounds on a copy, reproducible, resumable at any instant, and stopped in time."""
+
+from __future__ import annotations
+
+import copy
+import importlib
+import json
+import random
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+import fastprune as fp
+from compression import BLOCK, OPTIONS, assert_same_bits, task
+from helpers import Snapshot, mlp
+from networks import TwoInputs
+
+pytestmark = pytest.mark.usefixtures("one_thread", "sparse_is_faster")
+
+compress_module = importlib.import_module("fastprune.compress")
+
+
+def test_a_copy_is_compressed_and_the_model_and_the_generators_are_left_alone():
+    model, train, val = task()
+    model.train()
+    model[0].eval()
+    snapshot = Snapshot(model)
+    before = torch.get_rng_state(), random.getstate(), np.random.get_state()[1].copy()
+    result = fp.compress(model, train, val, **OPTIONS)
+    snapshot.assert_unchanged()
+    assert torch.equal(torch.get_rng_state(), before[0])
+    assert random.getstate() == before[1]
+    assert np.array_equal(np.random.get_state()[1], before[2])
+    assert result.model is not model
+    assert [module.training for module in result.model] == [module.training for module in model]
+    originals = {tensor.data_ptr() for tensor in model.parameters()}
+    assert originals.isdisjoint(tensor.data_ptr() for tensor in result.model.parameters())
+
+
+def test_each_round_keeps_the_same_share_and_reports_what_it_did():
+    model, train, val = task()
+    result = fp.compress(model, train, val, **OPTIONS)
+    assert [entry["round"] for entry in result.history] == [0, 1, 2]
+    targets = [entry["target_sparsity"] for entry in result.history]
+    assert targets == pytest.approx([1 - 0.4 ** (1 / 3), 1 - 0.4 ** (2 / 3), 0.6])
+    for entry in result.history:
+        assert entry["target_sparsity"] - 0.08 < entry["sparsity"] <= entry["target_sparsity"]
+        assert set(entry["layers"]) == {"0", "3"}
+        assert 0 <= entry["accuracy"] <= 1
+        assert entry["loss"] > 0
+        assert entry["train_loss"] > 0
+    assert json.loads(json.dumps(result.history)) == result.history
+    assert result.dense_accuracy == fp.evaluate(model, val)["accuracy"]
+    last = fp.evaluate(result.model, val)
+    assert last["accuracy"] == result.history[-1]["accuracy"]
+    assert last["loss"] == pytest.approx(result.history[-1]["loss"], rel=1e-4)
+
+
+def test_the_result_holds_block_sparse_layers_of_the_sparsity_asked_for():
+    model, train, val = task()
+    result = fp.compress(model, train, val, **OPTIONS)
+    converted = [module for module in result.model if isinstance(module, fp.BlockSparseLinear)]
+    assert len(converted) == 2
+    zeros = sum(int((layer.weight == 0).sum()) for layer in converted)
+    assert zeros / (12 * 17 + 34) == pytest.approx(result.history[-1]["sparsity"], abs=1e-6)
+
+
+@pytest.mark.parametrize("granularity", [fp.Unit(), fp.Element()])
+@pytest.mark.parametrize("criterion", ["loss_delta", "magnitude"])
+def test_other_granularities_end_as_plain_zeros(granularity, criterion):
+    model, train, val = task()
+    options = {**OPTIONS, "granularity": granularity, "criterion": criterion, "scope": "layer"}
+    result = fp.compress(model, train, val, **options)
+    layer = result.model[0]
+    assert type(layer) is nn.Linear
+    share = float((layer.weight == 0).float().mean())
+    assert share == pytest.approx(result.history[-1]["layers"]["0"], abs=1e-6)
+    assert share > 0.5
+
+
+def test_the_same_seed_gives_the_same_bits_and_another_gives_others():
+    model, train, val = task()
+    first = fp.compress(model, train, val, **OPTIONS)
+    torch.rand(5)  # whatever the caller drew in between
+    again = fp.compress(model, train, val, **OPTIONS)
+    assert_same_bits(again.model, first.model)
+    other = fp.compress(model, train, val, **OPTIONS, seed=1)
+    assert not torch.equal(other.model[0].bias, first.model[0].bias)
+
+
+def _accuracies(monkeypatch, values):
+    """Make each evaluation find the next accuracy: that of the dense model first."""
+    remaining = list(values)
+    monkeypatch.setattr(
+        compress_module,
+        "evaluate",
+        lambda *args, **kwargs: {"accuracy": remaining.pop(0), "loss": 1.0},
+    )
+
+
+def test_the_round_before_the_accuracy_fell_too_low_is_returned(tmp_path, monkeypatch):
+    model, train, val = task()
+    with monkeypatch.context() as patch:
+        _accuracies(patch, [0.9, 0.88])
+        expected = fp.compress(
+            model, train, val, sparsity=1 - 0.4 ** (1 / 3), rounds=1, granularity=BLOCK, progress=False
+        )
+    options = {**OPTIONS, "max_accuracy_drop": 0.05, "checkpoint_dir": tmp_path}
+    for accuracies in ([0.9, 0.88, 0.8], [0.9]):  # the second time the finished rounds are read
+        with monkeypatch.context() as patch:
+            _accuracies(patch, accuracies)
+            result = fp.compress(model, train, val, **options)
+        assert [entry["accuracy"] for entry in result.history] == [0.88]
+        assert_same_bits(result.model, expected.model)
+
+
+@pytest.mark.filterwarnings("error:fastprune")
+def test_a_first_round_that_is_too_low_gives_the_dense_model_back(tmp_path, monkeypatch):
+    model, train, val = task()
+    options = {**OPTIONS, "max_accuracy_drop": 0.05, "checkpoint_dir": tmp_path}
+    for accuracies in ([0.9, 0.1], [0.9]):
+        with monkeypatch.context() as patch:
+            _accuracies(patch, accuracies)
+            result = fp.compress(model, train, val, **options)
+        assert result.history == []
+        assert_same_bits(result.model, model)
+        assert result.model is not model
+
+
+def test_a_drop_that_is_just_allowed_goes_on(monkeypatch):
+    model, train, val = task()
+    _accuracies(monkeypatch, [0.9, 0.9 - 0.05, 0.91, 0.85])
+    result = fp.compress(model, train, val, **OPTIONS, max_accuracy_drop=0.0500001)
+    assert len(result.history) == 3
+
+
+@pytest.mark.parametrize("teacher", ["original", "previous"])
+def test_the_teacher_is_the_model_or_the_student_of_the_round_before(monkeypatch, teacher):
+    model, train, val = task()
+    seen = []
+    distill = compress_module.distill
+
+    def spy(student, teacher, *args, **kwargs):
+        seen.append((copy.deepcopy(teacher), student))
+        result = distill(student, teacher, *args, **kwargs)
+        seen[-1] += (copy.deepcopy(student),)
+        return result
+
+    monkeypatch.setattr(compress_module, "distill", spy)
+    fp.compress(model, train, val, **OPTIONS, teacher=teacher)
+    x = torch.randn(5, 12)
+    model.eval()
+    for index, (used, student, _) in enumerate(seen):
+        assert used is not student
+        expected = model if teacher == "original" or index == 0 else seen[index - 1][2]
+        assert torch.equal(used.eval()(x), expected.eval()(x))
+
+
+def test_options_reach_scoring_and_distillation(monkeypatch):
+    model, train, val = task()
+    received = {}
+    for name in ("score", "distill"):
+        function = getattr(compress_module, name)
+
+        def spy(*args, name=name, function=function, **kwargs):
+            received[name] = kwargs
+            return function(*args, **kwargs)
+
+        monkeypatch.setattr(compress_module, name, spy)
+    made = []
+
+    def optimizer(parameters):
+        made.append(1)
+        return torch.optim.SGD(parameters, 0.1)
+
+    fp.compress(
+        model,
+        train,
+        val,
+        **OPTIONS,
+        epochs=2,
+        temperature=5.0,
+        hard_label_weight=0.25,
+        max_samples=7,
+        optimizer=optimizer,
+        loss_fn=nn.CrossEntropyLoss(label_smoothing=0.1),
+        output_transform=lambda output: output,
+    )
+    assert len(made) == 3
+    assert received["score"]["max_samples"] == 7
+    assert received["score"]["loss_fn"].label_smoothing == 0.1
+    assert received["distill"]["epochs"] == 2
+    assert received["distill"]["temperature"] == 5.0
+    assert received["distill"]["hard_label_weight"] == 0.25
+
+
+def test_keyword_inputs_and_dict_outputs_are_compressed():
+    model = TwoInputs()
+    batches = [
+        {"left": torch.randn(6, 7), "right": torch.randn(6, 4), "labels": torch.randint(0, 5, (6,))}
+        for _ in range(2)
+    ]
+    result = fp.compress(model, batches, batches, **OPTIONS)
+    assert isinstance(result.model.left, fp.BlockSparseLinear)
+    assert result.model(batches[0]["left"], batches[0]["right"])["logits"].shape == (6, 5)
+
+
+@pytest.mark.parametrize(
+    ("argument", "value", "error"),
+    [
+        ("model", None, TypeError),
+        ("train_loader", [], ValueError),
+        ("train_loader", 3, TypeError),
+        ("val_loader", [], ValueError),
+        ("val_loader", [torch.randn(4, 12)], TypeError),
+        ("sparsity", 1.0, ValueError),
+        ("sparsity", -0.5, ValueError),
+        ("sparsity", "high", ValueError),
+        ("rounds", 0, ValueError),
+        ("rounds", 2.5, ValueError),
+        ("epochs", 0, ValueError),
+        ("granularity", 16, TypeError),
+        ("criterion", "random", ValueError),
+        ("scope", "everywhere", ValueError),
+        ("teacher", "mine", ValueError),
+        ("teacher", mlp(), ValueError),
+        ("temperature", 0.0, ValueError),
+        ("hard_label_weight", 2.0, ValueError),
+        ("optimizer", torch.optim.SGD([torch.zeros(1)], 0.1), TypeError),
+        ("optimizer", "adam", TypeError),
+        ("loss_fn", "ce", TypeError),
+        ("max_samples", 0, ValueError),
+        ("max_accuracy_drop", -0.1, ValueError),
+        ("example_inputs", 3, TypeError),
+    ],
+)
+def test_a_wrong_argument_is_named_and_the_model_is_unchanged(argument, value, error):
+    model, train, val = task()
+    snapshot = Snapshot(model)
+    arguments = {"model": model, "train_loader": train, "val_loader": val, **OPTIONS, "rounds": 1}
+    name = "loader" if argument.endswith("loader") else argument
+    with pytest.raises(error, match=f"`{name}`"):
+        fp.compress(**{**arguments, argument: value})
+    snapshot.assert_unchanged()
+
+
+def test_the_progress_bars_can_be_silenced(capsys):
+    model, train, val = task()
+    fp.compress(model, train, val, **OPTIONS)
+    assert capsys.readouterr() == ("", "")

@@ -1,0 +1,149 @@
+"""compress with a checkpoint_dir: stopped at any instant, it goes on and ends with the same bits."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+
+import fastprune as fp
+from compression import OPTIONS, assert_same_bits, task
+from helpers import Snapshot
+from networks import SmallConvNet
+
+pytestmark = pytest.mark.usefixtures("one_thread", "sparse_is_faster")
+
+compress_module = importlib.import_module("fastprune.compress")
+
+
+class _Stop(BaseException):
+    """Stands for the kill that no handler sees."""
+
+
+def _stop_at(monkeypatch, name, call):
+    """Make the n-th call of a function of the module stop the run."""
+    function = getattr(compress_module, name)
+    calls = []
+
+    def stopping(*args, **kwargs):
+        calls.append(1)
+        if len(calls) == call:
+            raise _Stop
+        return function(*args, **kwargs)
+
+    monkeypatch.setattr(compress_module, name, stopping)
+    return calls
+
+
+@pytest.mark.parametrize("teacher", ["original", "previous"])
+@pytest.mark.parametrize(
+    ("function", "call"),
+    [
+        ("score", 1),
+        ("score", 2),
+        ("apply_masks_", 3),
+        ("distill", 2),
+        ("evaluate", 3),  # the first is that of the dense model
+        ("save", 1),
+        ("save", 3),
+        ("write_atomically", 2),  # the model is written, the round is not committed
+        ("sparsify_", 1),
+    ],
+)
+def test_a_stopped_run_goes_on_and_ends_with_the_same_bits(tmp_path, monkeypatch, function, call, teacher):
+    model, train, val = task()
+    options = {**OPTIONS, "teacher": teacher}
+    expected = fp.compress(model, train, val, **options)
+    snapshot = Snapshot(model)
+    with monkeypatch.context() as patch:
+        _stop_at(patch, function, call)
+        with pytest.raises(_Stop):
+            fp.compress(model, train, val, **options, checkpoint_dir=tmp_path)
+    snapshot.assert_unchanged()
+    state = tmp_path / "state.json"
+    finished = len(json.loads(state.read_text())["history"]) if state.exists() else 0
+    scored = _stop_at(monkeypatch, "score", None)
+    result = fp.compress(model, train, val, **options, checkpoint_dir=tmp_path)
+    assert len(scored) == 3 - finished
+    assert_same_bits(result.model, expected.model)
+    for entry, other in zip(result.history, expected.history, strict=True):
+        assert {**entry, "seconds": 0} == {**other, "seconds": 0}
+    assert not [name for name in os.listdir(tmp_path) if name.endswith(".tmp")]
+
+
+def test_a_stopped_run_of_a_masked_conv_net_ends_with_the_same_bits(tmp_path, monkeypatch):
+    model = SmallConvNet().to(memory_format=torch.channels_last)
+    data = TensorDataset(torch.randn(12, 3, 7, 5), torch.randint(0, 5, (12,)))
+    train, val = DataLoader(data, 6, shuffle=True), DataLoader(data, 6)
+    options = {**OPTIONS, "rounds": 2, "granularity": fp.Block(4, 2), "criterion": "magnitude"}
+    expected = fp.compress(model, train, val, **options)
+    with monkeypatch.context() as patch:
+        _stop_at(patch, "score", 2)
+        with pytest.raises(_Stop):
+            fp.compress(model, train, val, **options, checkpoint_dir=tmp_path)
+    result = fp.compress(model, train, val, **options, checkpoint_dir=tmp_path)
+    assert_same_bits(result.model, expected.model)
+
+
+def test_a_finished_run_is_read_and_not_repeated(tmp_path, monkeypatch):
+    model, train, val = task()
+    first = fp.compress(model, train, val, **OPTIONS, checkpoint_dir=tmp_path / "new" / "run")
+    calls = [_stop_at(monkeypatch, name, None) for name in ("score", "distill")]
+    again = fp.compress(model, train, val, **OPTIONS, checkpoint_dir=tmp_path / "new" / "run")
+    assert calls == [[], []]
+    assert_same_bits(again.model, first.model)
+    assert again.history == first.history
+
+
+@pytest.mark.parametrize(
+    ("argument", "value"),
+    [
+        ("sparsity", 0.7),
+        ("rounds", 4),
+        ("epochs", 2),
+        ("granularity", fp.Block(4, 2)),
+        ("criterion", "magnitude"),
+        ("scope", "layer"),
+        ("teacher", "previous"),
+        ("temperature", 3.0),
+        ("hard_label_weight", 0.1),
+        ("max_samples", 10),
+        ("max_accuracy_drop", 0.5),
+        ("seed", 7),
+    ],
+)
+def test_a_directory_of_a_run_with_other_arguments_is_refused(tmp_path, argument, value):
+    model, train, val = task()
+    options = {**OPTIONS, "rounds": 1}
+    fp.compress(model, train, val, **options, checkpoint_dir=tmp_path)
+    before = {name: (tmp_path / name).read_bytes() for name in os.listdir(tmp_path)}
+    with pytest.raises(
+        ValueError, match=rf"`checkpoint_dir` holds a run with other arguments \({argument}\)"
+    ):
+        fp.compress(model, train, val, **{**options, argument: value}, checkpoint_dir=tmp_path)
+    assert {name: (tmp_path / name).read_bytes() for name in os.listdir(tmp_path)} == before
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", "{}", '{"settings": 3}', '{"settings": {}, "history": []}'])
+def test_a_damaged_state_is_refused(tmp_path, text):
+    model, train, val = task()
+    (tmp_path / "state.json").write_text(text)
+    with pytest.raises(ValueError, match="`checkpoint_dir` holds"):
+        fp.compress(model, train, val, **OPTIONS, checkpoint_dir=tmp_path)
+
+
+def test_a_damaged_round_or_that_of_another_model_is_refused(tmp_path):
+    model, train, val = task()
+    fp.compress(model, train, val, **OPTIONS, checkpoint_dir=tmp_path)
+    other = nn.Sequential(nn.Linear(12, 19), nn.ReLU(), nn.Dropout(0.2), nn.Linear(19, 2))
+    with pytest.raises(ValueError, match="does not fit"):
+        fp.compress(other, train, val, **OPTIONS, checkpoint_dir=tmp_path)
+    path = tmp_path / "round_002.safetensors"
+    path.write_bytes(path.read_bytes()[:-10])
+    with pytest.raises(ValueError, match="is no whole fastprune file"):
+        fp.compress(model, train, val, **OPTIONS, checkpoint_dir=tmp_path)
