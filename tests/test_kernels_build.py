@@ -45,6 +45,24 @@ def test_kernels_compile_without_torch_on_the_include_path(tmp_path: Path) -> No
     assert len(objects) == len(list((KERNELS / "cpu").glob("*.cpp")))
 
 
+@pytest.mark.skipif(shutil.which("nm") is None, reason="nm, which lists symbols, is not on the path")
+def test_no_symbol_of_one_instruction_set_can_be_linked_into_another(tmp_path: Path) -> None:
+    isas = [isa for isa in ISA_FLAGS if IS_X86 or isa == "baseline"]
+    # Without optimisation nothing is inlined: every function that could be shared is a symbol.
+    for path in compile_kernels(tmp_path, isas, ["-O0"]):
+        isa = path.stem.rpartition("_")[2]
+        if not isa:
+            continue
+        listing = subprocess.run(
+            ["nm", "-C", "--defined-only", path], capture_output=True, text=True, check=True
+        )
+        symbols = [line.split(maxsplit=2) for line in listing.stdout.splitlines()]
+        shared = [
+            name for _, kind, name in symbols if kind in "WVuTDBR" and f"fastprune::{isa}::" not in name
+        ]
+        assert shared == [], f"{path.name} shares {shared}"
+
+
 @pytest.mark.parametrize("isa", fp.supported_cpu_isas())
 def test_vectorised_functions_keep_their_error_bounds(tmp_path: Path, isa: str) -> None:
     program = tmp_path / "vec_accuracy"

@@ -62,12 +62,12 @@ void run(const Tensor& input, const Tensor& packed_values, const Tensor& crow_in
   // Waking another thread costs some microseconds, about this many multiply-adds.
   constexpr int64_t kWorthAThread = 200'000;
   const int64_t per_position = work.samples_per_tile * args.weight.rows * args.weight.cols;
-  torch::stable::parallel_for(0, work.total(), kWorthAThread / per_position + 1,
+  torch::stable::parallel_for(0, work.total, kWorthAThread / per_position + 1,
                               [&](int64_t begin, int64_t end) {
                                 // Kept between calls: fresh pages cost more than the copy.
                                 thread_local std::vector<T> scratch;
-                                if (scratch.size() < static_cast<size_t>(work.scratch_size())) {
-                                  scratch.resize(work.scratch_size());
+                                if (scratch.size() < static_cast<size_t>(work.scratch_size)) {
+                                  scratch.resize(work.scratch_size);
                                 }
                                 kernel(args, begin, end, scratch.data());
                               });

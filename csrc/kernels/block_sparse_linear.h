@@ -31,13 +31,13 @@ struct BlockSparseLinearWork {
   int64_t sample_tiles;
   int64_t cost_per_tile;   // kept blocks + block rows
   int64_t scratch_stride;  // 0: inputs are read in place
-  int64_t total() const { return sample_tiles * cost_per_tile; }
-  // Elements that each thread needs to copy a tile of inputs into.
-  int64_t scratch_size() const { return samples_per_tile * scratch_stride; }
+  int64_t total;           // positions of the grid
+  int64_t scratch_size;    // elements that each thread needs to copy a tile of inputs into
 };
 
+// static: kernel files compiled for different instruction sets must not share one copy.
 template <class T>
-BlockSparseLinearWork plan_block_sparse_linear(const BlockSparseLinearArgs<T>& args) {
+static BlockSparseLinearWork plan_block_sparse_linear(const BlockSparseLinearArgs<T>& args) {
   // A tile of inputs stays in the second-level cache (at least 512 KiB on the CPUs of the last
   // ten years) while all block rows pass over it. Multiples of 12 fill every register tile.
   constexpr int64_t kTileBytes = 256 * 1024;
@@ -57,6 +57,8 @@ BlockSparseLinearWork plan_block_sparse_linear(const BlockSparseLinearArgs<T>& a
   // tiles are copied to rows that lie an odd number of cache lines apart.
   const bool conflicts = samples > 4 && args.input.row_stride % (32 * kLine) == 0;
   work.scratch_stride = conflicts ? ((args.input.cols + kLine - 1) / kLine | 1) * kLine : 0;
+  work.total = work.sample_tiles * work.cost_per_tile;
+  work.scratch_size = samples * work.scratch_stride;
   return work;
 }
 

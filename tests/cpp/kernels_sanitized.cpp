@@ -58,8 +58,8 @@ void test_block_sparse_linear(int64_t samples, int64_t in_features, int64_t out_
   const BlockSparseLinearWork work = plan_block_sparse_linear(args);
   const auto kernel = kernels_of<T>(cpu_kernels()).block_sparse_linear;
   for (int64_t chunk = 0; chunk < chunks; ++chunk) {
-    std::vector<T> scratch(work.scratch_size());
-    kernel(args, work.total() * chunk / chunks, work.total() * (chunk + 1) / chunks,
+    std::vector<T> scratch(work.scratch_size);
+    kernel(args, work.total * chunk / chunks, work.total * (chunk + 1) / chunks,
            scratch.data());
   }
 

@@ -13,7 +13,7 @@ namespace fastprune {
 // describes; the kernels know nothing of threads.
 template <class T>
 struct CpuKernelsOf {
-  // scratch: plan_block_sparse_linear(args).scratch_size() elements that no other thread uses.
+  // scratch: plan_block_sparse_linear(args).scratch_size elements that no other thread uses.
   void (*block_sparse_linear)(const BlockSparseLinearArgs<T>&, int64_t begin, int64_t end,
                               T* scratch);
   void (*ablated_cross_entropy_prepare)(const AblatedCrossEntropyArgs<T>&, int64_t begin,
