@@ -152,6 +152,49 @@ class DataDependent(nn.Module):
         return self.head(torch.tanh(h) if h.sum() > 0 else F.relu(h))
 
 
+class KeepsWhatItComputes(nn.Module):
+    """A forward with a tensor of its own, that keeps its features and counts its calls on the module."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(7, 9)
+        self.head = nn.Linear(9, 5)
+        self.calls = 0
+        self.features = None
+
+    def forward(self, x):
+        self.calls += 1
+        self.features = self.layer(x) * torch.linspace(0.5, 1.5, 9)
+        return self.head(F.relu(self.features))
+
+
+class OptionalInput(nn.Module):
+    """Two ways through the model; a trace knows one of them."""
+
+    def __init__(self):
+        super().__init__()
+        self.alone, self.paired = nn.Linear(7, 9), nn.Linear(7, 9)
+        self.head = nn.Linear(9, 5)
+
+    def forward(self, x, other=None):
+        hidden = self.alone(x) if other is None else self.paired(x)
+        return self.head(torch.tanh(hidden))
+
+
+class LSTMClassifier(nn.Module):
+    """A module with several outputs before the layers that are scored."""
+
+    def __init__(self):
+        super().__init__()
+        self.lstm = nn.LSTM(7, 9, batch_first=True)
+        self.layer = nn.Linear(9, 9)
+        self.head = nn.Linear(9, 5)
+
+    def forward(self, x):
+        _, (hidden, _) = self.lstm(x)
+        return self.head(F.relu(self.layer(hidden[-1])))
+
+
 class WritesIntoInput(nn.Module):
     """A forward that normalises its input in place."""
 

@@ -129,11 +129,37 @@ def test_a_first_round_that_is_too_low_gives_the_dense_model_back(tmp_path, monk
         assert result.model is not model
 
 
+def test_a_drop_of_accuracy_needs_an_accuracy():
+    loader = [(torch.randn(8, 12), torch.randn(8, 2))]
+    options = {**OPTIONS, "hard_label_weight": 1.0, "loss_fn": nn.MSELoss()}
+    model = task()[0]
+    with pytest.raises(ValueError, match="`max_accuracy_drop` needs an accuracy"):
+        fp.compress(model, loader, loader, **options, max_accuracy_drop=0.1)
+    assert len(fp.compress(model, loader, loader, **options).history) == 3
+
+
 def test_a_drop_that_is_just_allowed_goes_on(monkeypatch):
     model, train, val = task()
     _accuracies(monkeypatch, [0.9, 0.9 - 0.05, 0.91, 0.85])
     result = fp.compress(model, train, val, **OPTIONS, max_accuracy_drop=0.0500001)
     assert len(result.history) == 3
+
+
+def test_each_round_has_a_seed_of_its_own(monkeypatch):
+    model, train, val = task()
+    drawn = []
+    distill = compress_module.distill
+
+    def spy(*args, **kwargs):
+        drawn.append((torch.initial_seed(), random.random(), float(np.random.rand())))
+        return distill(*args, **kwargs)
+
+    monkeypatch.setattr(compress_module, "distill", spy)
+    for _ in range(2):
+        fp.compress(model, train, val, **OPTIONS)
+    assert drawn[:3] == drawn[3:]
+    for values in zip(*drawn[:3], strict=True):
+        assert len(set(values)) == 3
 
 
 @pytest.mark.parametrize("teacher", ["original", "previous"])

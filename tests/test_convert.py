@@ -12,7 +12,7 @@ import fastprune as fp
 from fastprune.modules import convert, linear
 from fastprune.modules.convert import swap_modules
 from helpers import Snapshot, masked_mlp, mlp
-from networks import SharedLayer, SigmoidLinear, SmallConvNet, TwoInputs
+from networks import SharedLayer, SigmoidLinear, SmallConvNet, TwoInputs, WritesIntoInput
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -312,6 +312,13 @@ def test_a_wrong_argument_is_named_and_the_model_is_unchanged(argument, value, e
 def test_what_is_no_module_is_refused(call):
     with pytest.raises(TypeError, match="`model`"):
         call("model")
+
+
+def test_example_inputs_are_not_written_into(timings):
+    model, x = mask(WritesIntoInput()), torch.randn(4, 7)
+    before = x.clone()
+    fp.sparsify_(model, example_inputs=x, blocksize=(4, 4))
+    assert torch.equal(x, before)
 
 
 def test_inputs_that_the_model_refuses_leave_it_as_it_was():

@@ -240,6 +240,8 @@ def test_a_student_that_writes_into_its_input_does_not_change_the_teachers():
     fp.distill(WritesIntoInput(), teacher, loader, epochs=2, progress=False)
     assert all(torch.equal(x, inputs) for x in seen)
     assert len(seen) == 2
+    fp.distill(mlp(), WritesIntoInput(), loader, epochs=1, progress=False)
+    assert torch.equal(loader[0][0], inputs)
 
 
 def test_every_kind_of_batch_and_loader_trains():

@@ -168,6 +168,18 @@ def test_budgets_count_weights_multiplications_or_bytes():
     assert scores.select(budget=fp.Budget(params=1.0)).sparsity() == 0.0
 
 
+def test_what_costs_nothing_is_not_pruned_for_a_budget():
+    layers = {"called": ([3.0, 4.0], (2, 10)), "never": ([1.0, 2.0], (2, 10))}
+    uses = {"called": 1.0, "never": 0.0}
+    scores = make_scores(layers, fp.Unit(), weight_uses=uses)
+    masks = scores.select(budget=fp.Budget(flops=0.5))
+    assert masks["never"].tolist() == [True, True]
+    assert masks["called"].tolist() == [False, True]
+    pruned = {"never": torch.tensor([False, True])}
+    again = make_scores(layers, fp.Unit(), weight_uses=uses, pruned=pruned)
+    assert again.select(budget=fp.Budget(flops=0.5))["never"].tolist() == [True, False]
+
+
 def test_flops_count_how_often_a_layer_multiplies():
     model = SmallConvNet()
     loader = classification_batches((4,), (3, 7, 5))
@@ -225,6 +237,7 @@ def test_select_needs_exactly_one_criterion(options):
         ("sparsity", "half", ValueError),
         ("threshold", float("nan"), ValueError),
         ("threshold", "low", ValueError),
+        ("threshold", True, ValueError),
         ("budget", 0.5, TypeError),
         ("budget", {"flops": 0.5}, TypeError),
         ("scope", "model", ValueError),

@@ -30,7 +30,10 @@ from helpers import (
 from networks import (
     DataDependent,
     Encoder,
+    KeepsWhatItComputes,
+    LSTMClassifier,
     NormOverSteps,
+    OptionalInput,
     Output,
     PartOfEncoder,
     ResidualInPlace,
@@ -212,6 +215,20 @@ CASES = {
         pick=lambda output: output.logits,
         traced=False,
     ),
+    "a tensor made in the forward": Case(KeepsWhatItComputes),
+    "LSTM": Case(LSTMClassifier, lambda: classification_batches((5, 3, 1), (4, 7))),
+    "convolutions that pad in a circle": Case(
+        lambda: nn.Sequential(
+            nn.Conv2d(3, 4, 3, padding="same", padding_mode="circular"),
+            nn.AdaptiveAvgPool2d(1),
+            nn.Flatten(),
+            nn.Linear(4, 5),
+        ),
+        lambda: classification_batches((4, 1), (3, 5, 4)),
+        granularities=LIGHT,
+    ),
+    "an input that only some batches have": Case(OptionalInput, lambda: _sometimes_paired()),
+    "an output that is transformed": Case(mlp, pick=lambda output: 2 * output.flip(1)),
     "batches that are dicts": Case(
         TwoInputs,
         lambda: [
@@ -246,6 +263,11 @@ CASES = {
         lambda: [(x.double(), y) for x, y in classification_batches()],
     ),
 }
+
+
+def _sometimes_paired():
+    batches = classification_batches((8, 4, 3))
+    return [((x, x) if index != 1 else x, y) for index, (x, y) in enumerate(batches)]
 
 
 def mlp_with(wrap):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import random
 import warnings
 
@@ -14,7 +15,7 @@ from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 import fastprune as fp
 from helpers import Snapshot, classification_batches, mlp
-from networks import DataDependent, ResidualInPlace, SmallConvNet
+from networks import DataDependent, KeepsWhatItComputes, ResidualInPlace, SmallConvNet
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -257,6 +258,20 @@ def test_flags_hooks_buffers_and_generators_are_left_alone(criterion, granularit
     assert torch.equal(torch.get_rng_state(), before[0])
     assert random.getstate() == before[1]
     assert np.array_equal(np.random.get_state()[1], before[2])
+
+
+@pytest.mark.parametrize("granularity", [fp.Block(3, 2), fp.Unit()])
+@pytest.mark.parametrize("criterion", ["loss_delta", "magnitude"])
+@pytest.mark.parametrize("with_loader", [True, False])
+def test_nothing_that_a_forward_keeps_is_left_on_the_model(criterion, granularity, with_loader):
+    model = KeepsWhatItComputes()
+    snapshot = Snapshot(model)
+    loader = [_batch()] if with_loader or criterion == "loss_delta" else None
+    fp.score(model, loader, criterion=criterion, granularity=granularity, progress=False)
+    snapshot.assert_unchanged()
+    assert model.features is None
+    assert model.calls == 0
+    copy.deepcopy(model)
 
 
 def test_every_kind_of_loader_gives_the_same_scores():

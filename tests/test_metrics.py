@@ -14,7 +14,7 @@ from fastprune import metrics
 from fastprune.batches import Batch
 from fastprune.metrics import converted_layers, count_bytes, count_flops, count_parameters
 from helpers import Snapshot, classification_batches, masked_mlp, mlp
-from networks import SharedLayer, SmallConvNet
+from networks import SharedLayer, SmallConvNet, WritesIntoInput
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -57,6 +57,18 @@ def test_binary_accuracy_is_that_of_the_sign():
     targets = torch.tensor([[1.0], [1.0], [0.0], [0.0]])
     figures = fp.evaluate(nn.Identity(), [(inputs, targets)], loss_fn=nn.BCEWithLogitsLoss())
     assert figures["accuracy"] == 0.5
+
+
+def test_inputs_are_not_written_into(quick):
+    batches = classification_batches((4, 2))
+    inputs = [x.clone() for x, _ in batches]
+    example = torch.randn(2, 7)
+    before = example.clone()
+    model = WritesIntoInput()
+    assert fp.evaluate(model, batches) == fp.evaluate(model, batches)
+    fp.compare(model, model, batches, example_inputs=example)
+    assert all(torch.equal(x, y) for (x, _), y in zip(batches, inputs, strict=True))
+    assert torch.equal(example, before)
 
 
 def test_flags_come_back_after_an_error_in_the_loader():

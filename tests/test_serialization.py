@@ -260,5 +260,7 @@ def test_a_file_is_replaced_as_a_whole_or_not_at_all(tmp_path):
         write_atomically(path, fails)
     assert path.read_text() == "old"
     assert os.listdir(tmp_path) == ["file"]
-    write_atomically(path, lambda temporary: temporary.write_text("new"))
+    with open(path) as reader:  # who has the old file open still reads it
+        write_atomically(path, lambda temporary: temporary.write_text("new"))
+        assert reader.read() == "old"
     assert path.read_text() == "new"

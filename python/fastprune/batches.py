@@ -29,6 +29,11 @@ class Batch(NamedTuple):
         """Call the model with the inputs of the batch."""
         return model(*self.args, **self.kwargs)
 
+    def signature(self) -> tuple:
+        """Return what control flow on arguments can tell apart: which are given, and their types."""
+        keywords = tuple(sorted((key, type(value)) for key, value in self.kwargs.items()))
+        return (tuple(type(value) for value in self.args), keywords)
+
     def head(self, size: int) -> Batch:
         """Return the first ``size`` samples."""
         if size >= self.size:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import json
+import math
 import os
 import random
 import time
@@ -197,6 +198,11 @@ def compress(
         dense_accuracy = evaluate(model, val_loader, loss_fn=loss_fn, output_transform=output_transform)[
             "accuracy"
         ]
+
+    if max_accuracy_drop is not None and math.isnan(dense_accuracy):
+        raise ValueError(
+            "`max_accuracy_drop` needs an accuracy, but the targets of `val_loader` are no classes"
+        )
 
     def too_low(entry: dict[str, Any]) -> bool:
         return max_accuracy_drop is not None and dense_accuracy - entry["accuracy"] > max_accuracy_drop

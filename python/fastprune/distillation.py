@@ -191,7 +191,7 @@ def _run_epoch(
             total = total + hard_label_weight * (values.sum() / max(weight, 1e-12)).to(total.dtype)
         if hard_label_weight < 1:
             with torch.no_grad():
-                teacher_logits = read_logits(batch.call(teacher), output_transform)
+                teacher_logits = read_logits(batch.fresh().call(teacher), output_transform)
             total = total + (1 - hard_label_weight) * distillation_loss(logits, teacher_logits, temperature)
         if not bool(total.isfinite()):
             raise ValueError("the distillation loss became NaN or inf; try a lower learning rate")

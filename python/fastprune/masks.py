@@ -240,14 +240,15 @@ def check_sparsity(sparsity: float, name: str = "sparsity") -> float:
 def lowest_within(scores: Tensor, costs: Tensor, allowance: float) -> Tensor:
     """Return a bool tensor, True for the lowest scores whose costs together stay within an allowance.
 
-    Ties are broken by index. Costs are taken in order of score until the next does not fit.
+    Ties are broken by index. Costs are taken in order of score until the next does not fit. What costs
+    nothing is not taken: it would not help.
     """
     order = torch.sort(scores, stable=True).indices
     cumulative = costs[order].double().cumsum(0)
     taken = int((cumulative <= allowance * (1 + 1e-12) + 1e-9).sum())
     result = torch.zeros(scores.shape, dtype=torch.bool)
     result[order[:taken]] = True
-    return result
+    return result & ((costs > 0) | (scores == -torch.inf))
 
 
 def select_pieces(

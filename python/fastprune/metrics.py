@@ -57,7 +57,7 @@ def evaluate(
     model.eval()
     try:
         for batch in iterate_batches(loader, model_device(model)):
-            logits = read_logits(batch.call(model), output_transform)
+            logits = read_logits(batch.fresh().call(model), output_transform)
             losses, weight = loss(logits, batch.targets, batch.size)
             loss_sum += float(losses.sum())
             weight_sum += weight
@@ -212,7 +212,7 @@ def compare(
         )
     models = (check_model(dense, "dense"), check_model(compressed, "compressed"))
     device = model_device(dense)
-    example = example.to(device)
+    example = example.to(device).fresh()
     figures = [
         evaluate(model, loader, loss_fn=loss_fn, output_transform=output_transform) for model in models
     ]

@@ -64,6 +64,8 @@ class LossDeltas:
             name: torch.zeros(self.pieces.shape(weight_of(module).shape).numel(), dtype=torch.float64)
             for name, module in layers.items()
         }
+        # The trace is that of the first batch: one with other arguments may take another way.
+        self.signature: tuple | None = None
         self.loss_sum = 0.0
         self.total_weight = 0.0
 
@@ -75,7 +77,9 @@ class LossDeltas:
             ValueError: the loss, or the delta of a layer, is NaN or inf; the message names the layer.
 
         """
-        if values is None and self.traced is not None:
+        if self.signature is None:
+            self.signature = batch.signature()
+        if values is None and self.traced is not None and batch.signature() == self.signature:
             values = self.traced.run(batch)
         output = batch.fresh().call(self.model) if values is None else values[self.traced.output_node]  # type: ignore[union-attr]
         logits = read_logits(output, self.output_transform)

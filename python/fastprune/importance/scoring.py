@@ -33,10 +33,10 @@ CRITERIA = ("loss_delta", "magnitude")
 
 
 class _EvalMode:
-    """Eval mode for a while; every module's own flag and buffers come back, whatever happens."""
+    """Eval mode for a while; every module's flags, attributes and buffers come back, whatever happens."""
 
     def __init__(self, model: nn.Module) -> None:
-        self.flags = [(module, module.training) for module in model.modules()]
+        self.attributes = [(module, dict(vars(module))) for module in model.modules()]
         self.buffers = [
             (module, name, buffer, buffer.clone())
             for module in model.modules()
@@ -49,8 +49,11 @@ class _EvalMode:
         self.model.eval()
 
     def __exit__(self, *error: object) -> None:
-        for module, training in self.flags:
-            module.training = training
+        for module, attributes in self.attributes:
+            # A forward may keep what it computes, and a trace leaves its own tensors on the model.
+            vars(module).update(attributes)
+            for name in vars(module).keys() - attributes.keys():
+                del vars(module)[name]
         for module, name, buffer, before in self.buffers:
             module._buffers[name] = buffer
             if not torch.equal(buffer, before):  # a forward that counts its calls, say
@@ -108,7 +111,8 @@ def score(
     if loader is None and criterion != "magnitude":
         raise TypeError(f"`loader` must be an iterable of batches for criterion '{criterion}', got None")
     with keep_generators(), _EvalMode(model):
-        traced = TracedModel.trace(model)
+        needs_trace = criterion == "loss_delta" or granularity.masks_whole_units
+        traced = TracedModel.trace(model) if needs_trace else None
         norms = _norms(model, layers, traced) if granularity.masks_whole_units else {}
         first = None
         num_samples = 0

@@ -52,7 +52,7 @@ def _example_batches(example_inputs: Any, device: torch.device) -> list[Batch]:
                 "`example_inputs` must be a tensor, a tuple, a dict or a list of these, "
                 f"got {type(entry).__name__}"
             )
-        batches.append(batch.to(device))
+        batches.append(batch.to(device).fresh())
     if not batches:
         raise ValueError("`example_inputs` must hold at least one input, got an empty list")
     return batches
