@@ -76,7 +76,7 @@ else()
   set(FASTPRUNE_CUDA_STATUS "built with nvcc ${CMAKE_CUDA_COMPILER_VERSION} for ${FASTPRUNE_SM}")
 
   find_library(FASTPRUNE_LIBTORCH_CUDA torch_cuda PATHS "${FASTPRUNE_TORCH_ROOT}/lib"
-               NO_DEFAULT_PATH REQUIRED)
+               NO_DEFAULT_PATH NO_CACHE REQUIRED)
   pybind11_add_module(_C_cuda ${FASTPRUNE_CUDA_BINDINGS} ${FASTPRUNE_CUDA_SOURCES})
   # libtorch_cuda holds one symbol that is used, the current stream; torch has it in memory
   # already. CUDA's runtime is linked in statically: it needs the driver alone, whichever runtime

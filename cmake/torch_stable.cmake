@@ -20,7 +20,7 @@ if(FASTPRUNE_TORCH_RELEASE VERSION_LESS 2.11)
 endif()
 
 find_library(FASTPRUNE_LIBTORCH_CPU torch_cpu PATHS "${FASTPRUNE_TORCH_ROOT}/lib"
-             NO_DEFAULT_PATH REQUIRED)
+             NO_DEFAULT_PATH NO_CACHE REQUIRED)
 add_library(torch_stable INTERFACE)
 target_include_directories(torch_stable SYSTEM INTERFACE "${FASTPRUNE_TORCH_ROOT}/include")
 target_link_libraries(torch_stable INTERFACE "${FASTPRUNE_LIBTORCH_CPU}")

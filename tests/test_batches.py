@@ -161,7 +161,7 @@ CLASS_WEIGHT = torch.tensor([0.1, 2.0, 1.0])
         {"weight": CLASS_WEIGHT},
         {"label_smoothing": 0.3},
         {"weight": CLASS_WEIGHT, "label_smoothing": 0.1, "ignore_index": 2},
-        {"reduction": "sum"},
+        {"reduction": "none"},
     ],
 )
 @pytest.mark.parametrize("shape", [(9, 3), (9, 3, 5), (9, 3, 2, 2)], ids=["[N,C]", "[N,C,L]", "[N,C,H,W]"])
@@ -208,7 +208,10 @@ def test_torch_cross_entropy_is_recognised_and_a_subclass_is_called():
     assert float(values.sum()) == 0.0
 
 
-@pytest.mark.parametrize("loss_fn", ["mse", 3, nn.CrossEntropyLoss, lambda output, targets: None])
+@pytest.mark.parametrize(
+    "loss_fn",
+    ["mse", 3, nn.CrossEntropyLoss, nn.CrossEntropyLoss(reduction="sum"), lambda output, targets: None],
+)
 def test_a_loss_that_cannot_be_used_is_refused(loss_fn):
     with pytest.raises((TypeError, ValueError), match="`loss_fn`"):
         Loss(loss_fn)(X, Y, 4)

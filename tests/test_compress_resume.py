@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import importlib
 import json
 import os
@@ -137,12 +138,25 @@ def test_a_damaged_state_is_refused(tmp_path, text):
         fp.compress(model, train, val, **OPTIONS, checkpoint_dir=tmp_path)
 
 
-def test_a_damaged_round_or_that_of_another_model_is_refused(tmp_path):
+def test_the_rounds_of_another_model_are_refused(tmp_path):
+    model, train, val = task()
+    fp.compress(model, train, val, **{**OPTIONS, "rounds": 1}, checkpoint_dir=tmp_path)
+    with torch.no_grad():
+        next(model.parameters()).add_(1e-3)
+    with pytest.raises(ValueError, match=r"`checkpoint_dir` holds a run with other arguments \(model\)"):
+        fp.compress(model, train, val, **{**OPTIONS, "rounds": 1}, checkpoint_dir=tmp_path)
+
+
+def test_a_damaged_round_is_refused(tmp_path):
     model, train, val = task()
     fp.compress(model, train, val, **OPTIONS, checkpoint_dir=tmp_path)
     other = nn.Sequential(nn.Linear(12, 19), nn.ReLU(), nn.Dropout(0.2), nn.Linear(19, 2))
-    with pytest.raises(ValueError, match="does not fit"):
-        fp.compress(other, train, val, **OPTIONS, checkpoint_dir=tmp_path)
+    trained_on = copy.deepcopy(model)
+    with torch.no_grad():
+        trained_on[0].bias[3] += 1e-3
+    for another in (other, trained_on):
+        with pytest.raises(ValueError, match=r"`checkpoint_dir` holds a run with other arguments \(model\)"):
+            fp.compress(another, train, val, **OPTIONS, checkpoint_dir=tmp_path)
     path = tmp_path / "round_002.safetensors"
     path.write_bytes(path.read_bytes()[:-10])
     with pytest.raises(ValueError, match="is no whole fastprune file"):

@@ -246,7 +246,7 @@ def test_a_weight_that_torch_prunes_is_refused_and_nothing_is_masked():
     masks = _masks(model, fp.Unit())
     prune.l1_unstructured(model[2], "weight", 0.5)
     snapshot = Snapshot(model)
-    with pytest.raises(ValueError, match=r"`model` has a Linear whose weight is no parameter.*prune\.remove"):
+    with pytest.raises(ValueError, match="`model` has a Linear whose weight is no parameter"):
         fp.apply_masks_(model, masks)
     snapshot.assert_unchanged()
 

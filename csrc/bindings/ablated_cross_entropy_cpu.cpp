@@ -13,6 +13,11 @@ constexpr const char* kOp = "ablated_cross_entropy";
 void check_arguments(const Tensor& logits, const Tensor& hidden, const Tensor& weight,
                      const Tensor& targets, const Tensor& pieces,
                      const std::optional<Tensor>& sample_weight) {
+  check_same_device(kOp, "hidden", hidden, logits);
+  check_same_device(kOp, "weight", weight, logits);
+  check_same_device(kOp, "targets", targets, logits);
+  check_same_device(kOp, "pieces", pieces, logits);
+  if (sample_weight) check_same_device(kOp, "sample_weight", *sample_weight, logits);
   check_dim(kOp, "logits", logits, 2);
   check_dim(kOp, "hidden", hidden, 2);
   check_dim(kOp, "weight", weight, 2);

@@ -33,15 +33,16 @@ inline void check_block_sparse_linear(const char* op, const Tensor& input,
   check_dim(op, "col_indices", col_indices, 1);
   check_size(op, "col_indices", col_indices, 0, packed_values.size(0));
   const int64_t rows = packed_values.size(2), cols = packed_values.size(1);
-  if (rows < 1 || cols < 1) {
+  constexpr int64_t kLargestBlock = 128;
+  if (rows < 1 || cols < 1 || rows > kLargestBlock || cols > kLargestBlock) {
     throw_value_error(op,
-                      ": `packed_values` must be [kept, cols, rows] with cols and rows >= 1, got ",
-                      shape_text(packed_values));
+                      ": `packed_values` must be [kept, cols, rows] with cols and rows from 1 to ",
+                      kLargestBlock, ", got ", shape_text(packed_values));
   }
   if (out_features < 0) {
     throw_value_error(op, ": `out_features` must be >= 0, got ", out_features);
   }
-  const int64_t block_rows = (out_features + rows - 1) / rows;
+  const int64_t block_rows = out_features / rows + (out_features % rows != 0);
   check_size(op, "crow_indices", crow_indices, 0, block_rows + 1);
   if (bias) {
     check_same_device(op, "bias", *bias, input);

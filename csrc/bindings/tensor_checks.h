@@ -66,7 +66,7 @@ inline void check_same_device(const char* op, const char* name, const Tensor& te
                     tensor.is_cuda() == reference.is_cuda() &&
                     tensor.get_device_index() == reference.get_device_index();
   if (!same) {
-    throw_value_error(op, ": `", name, "` must be on the same device as `input`");
+    throw_value_error(op, ": `", name, "` must be on the device of the first argument");
   }
 }
 

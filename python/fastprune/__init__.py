@@ -5,7 +5,7 @@ in blocks, recover by distillation, and swap in block-sparse layers whose sparsi
 """
 
 from . import ops, reference
-from ._library import build_info, cpu_isa, set_cpu_isa, supported_cpu_isas
+from ._library import build_info, cpu_isa, set_cpu_isa, supported_cpu_isas, version
 from .block_sparse import BlockSparseTensor
 from .compress import CompressionResult, compress
 from .distillation import distill
@@ -16,7 +16,7 @@ from .metrics import Comparison, compare, evaluate
 from .modules import BlockSparseLinear, explain, sparsify_
 from .serialization import load, save
 
-__version__ = str(build_info()["fastprune"])
+__version__ = version()
 
 __all__ = [
     "Block",

@@ -51,6 +51,11 @@ def supported_cpu_isas() -> list[str]:
     return list(_C.supported_cpu_isas())
 
 
+def version() -> str:
+    """Return the version of fastprune."""
+    return str(_C.version)
+
+
 def build_info() -> dict[str, str | list[str] | None]:
     """Return versions, instruction sets and what there is of CUDA, as ``fastprune info`` prints them."""
     return {

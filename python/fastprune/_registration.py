@@ -30,6 +30,8 @@ def _block_sparse_linear_fake(
 ) -> Tensor:
     op = "block_sparse_linear"
     _check(activation in ("none", "relu"), f"{op}: `activation` must be 'none' or 'relu', got '{activation}'")
+    dtypes = (torch.float32,) if input.is_cuda else (torch.float32, torch.float64)
+    _check(input.dtype in dtypes, f"{op}: `input` must have dtype float32 or float64, got {input.dtype}")
     _check(input.dim() >= 1, f"{op}: `input` must have at least 1 dimension, got 0")
     _check(
         packed_values.dim() == 3,
@@ -48,6 +50,12 @@ def _block_sparse_linear_fake(
         )
     for name, tensor in (("crow_indices", crow_indices), ("col_indices", col_indices)):
         _check(tensor.dtype == torch.int32, f"{op}: `{name}` must have dtype torch.int32, got {tensor.dtype}")
+    for name, tensor in (("crow_indices", crow_indices), ("col_indices", col_indices)):
+        _check(tensor.dim() == 1, f"{op}: `{name}` must have 1 dimension, got {tensor.dim()}")
+    _check(
+        1 <= packed_values.shape[1] <= 128 and 1 <= packed_values.shape[2] <= 128,
+        f"{op}: `packed_values` must have cols and rows from 1 to 128, got {list(packed_values.shape)}",
+    )
     block_rows = -(-out_features // packed_values.shape[2])
     _check(
         crow_indices.shape[0] == block_rows + 1,
@@ -72,7 +80,7 @@ def _block_sparse_linear_setup(ctx: Any, inputs: tuple, output: Tensor) -> None:
 def _block_sparse_linear_backward(ctx: Any, grad: Tensor) -> tuple:
     input, packed_values, crow_indices, col_indices, output = ctx.saved_tensors
     if output is not None:
-        grad = torch.where(output > 0, grad, 0.0)
+        grad = torch.where(output <= 0, 0.0, grad)  # NaN passes, as in torch's relu
     flat_grad = grad.reshape(-1, ctx.out_features)
     grad_input = grad_values = grad_bias = None
     if ctx.needs_input_grad[0]:

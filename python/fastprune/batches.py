@@ -128,6 +128,21 @@ def iterate_batches(
         raise ValueError("`loader` must yield at least one sample, got none")
 
 
+def check_reiterable(loader: object, name: str) -> None:
+    """Raise TypeError for an iterator, which would be empty the second time.
+
+    Args:
+        loader: what is iterated several times.
+        name: the argument it came in.
+
+    """
+    if isinstance(loader, Iterator):
+        raise TypeError(
+            f"`{name}` is iterated several times, so it must be a DataLoader, a list or the like, "
+            f"got the iterator {type(loader).__name__}"
+        )
+
+
 def count_batches(loader: Iterable[Any]) -> int | None:
     """Return how many batches a loader says it has, or None where it does not know."""
     try:
@@ -202,6 +217,8 @@ class Loss:
     def __init__(self, loss_fn: LossFunction | None = None) -> None:
         if loss_fn is not None and (isinstance(loss_fn, type) or not callable(loss_fn)):
             raise TypeError(f"`loss_fn` must be callable as loss_fn(outputs, targets), got {loss_fn!r}")
+        if getattr(loss_fn, "reduction", "mean") == "sum":
+            raise ValueError("`loss_fn` must return a mean or one value per sample, got reduction='sum'")
         self.loss_fn = None if loss_fn is F.cross_entropy else loss_fn
 
     @property
@@ -246,6 +263,11 @@ class Loss:
         return values.double(), float(size)
 
     def _cross_entropy(self, logits: Tensor, targets: Tensor) -> tuple[Tensor, float]:
+        if not isinstance(logits, Tensor) or not isinstance(targets, Tensor):
+            kind = type(targets if isinstance(logits, Tensor) else logits).__name__
+            raise TypeError(f"cross-entropy needs tensors as logits and as targets of `loader`, got a {kind}")
+        if targets.dtype in (torch.int8, torch.int16, torch.int32, torch.uint8):
+            targets = targets.long()
         class_weight: Tensor | None = getattr(self.loss_fn, "weight", None)
         # In float64 a well-classified sample's loss keeps its digits.
         values = F.cross_entropy(

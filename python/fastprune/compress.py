@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import hashlib
 import json
 import math
 import os
@@ -17,14 +18,21 @@ import numpy as np
 import torch
 from torch import nn
 
-from .batches import LossFunction, OutputTransform, iterate_batches, keep_generators, model_device
-from .distillation import OptimizerFactory, distill
+from .batches import (
+    LossFunction,
+    OutputTransform,
+    check_reiterable,
+    iterate_batches,
+    keep_generators,
+    model_device,
+)
+from .distillation import OptimizerFactory, check_distillation, distill
 from .granularity import Block, Granularity, check_granularity
-from .importance import score
+from .importance import check_criterion, score
 from .layers import check_model
-from .masks import Masks, apply_masks_, check_sparsity, piece_mask_of, remove_masks_
+from .masks import Masks, apply_masks_, check_scope, check_sparsity, piece_mask_of
 from .metrics import evaluate
-from .modules import sparsify_
+from .modules import leave_dense_, sparsify_
 from .serialization import load, save, write_atomically
 
 
@@ -55,6 +63,23 @@ def _seed_round(seed: int, round_index: int) -> None:
 def round_sparsity(sparsity: float, rounds: int, round_index: int) -> float:
     """Return the target of a round: each keeps the same share of what the round before left."""
     return 1.0 - (1.0 - sparsity) ** ((round_index + 1) / rounds)
+
+
+def _digest(model: nn.Module) -> str:
+    """A hash of a model's state, by which a checkpoint of another model is recognised."""
+    digest = hashlib.sha256()
+    for name, tensor in model.state_dict().items():
+        if isinstance(tensor, torch.Tensor):
+            digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
+            digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _name_of(function: Any) -> str | None:
+    """A name of a callable that a later process gives it too."""
+    if function is None:
+        return None
+    return getattr(function, "__qualname__", type(function).__qualname__)
 
 
 class _Checkpoints:
@@ -155,7 +180,8 @@ def compress(
         max_samples: how many samples of ``train_loader`` each scoring reads.
         max_accuracy_drop: stop, and return the round before, when the validation accuracy falls by more
             than this below the dense model's (0.01 is one percentage point).
-        checkpoint_dir: where finished rounds are kept; a call with the same arguments goes on from there.
+        checkpoint_dir: where finished rounds are kept; a call with the same model and arguments goes on from
+            there. Functions are compared by name, and the data not at all.
         seed: seeds Python's, NumPy's and torch's generators for each round; yours are left as they were.
         progress: whether progress bars are shown.
 
@@ -165,8 +191,13 @@ def compress(
 
     """
     check_model(model)
-    check_sparsity(sparsity)
+    sparsity, seed = check_sparsity(sparsity), int(seed)
     check_granularity(granularity)
+    check_reiterable(train_loader, "train_loader")
+    check_reiterable(val_loader, "val_loader")
+    check_criterion(criterion)
+    check_scope(scope)
+    check_distillation(temperature, hard_label_weight)
     for name, value in (("rounds", rounds), ("epochs", epochs)):
         if not isinstance(value, int) or value < 1:
             raise ValueError(f"`{name}` must be an integer of at least 1, got {value!r}")
@@ -179,6 +210,7 @@ def compress(
     if max_accuracy_drop is not None and max_accuracy_drop < 0:
         raise ValueError(f"`max_accuracy_drop` must not be negative, got {max_accuracy_drop}")
     settings = {
+        "model": _digest(model),
         "sparsity": sparsity,
         "rounds": rounds,
         "epochs": epochs,
@@ -186,10 +218,13 @@ def compress(
         "criterion": criterion,
         "scope": scope,
         "teacher": teacher,
-        "temperature": temperature,
-        "hard_label_weight": hard_label_weight,
+        "temperature": float(temperature),
+        "hard_label_weight": float(hard_label_weight),
+        "loss_fn": _name_of(loss_fn),
+        "output_transform": _name_of(output_transform),
+        "optimizer": _name_of(optimizer),
         "max_samples": max_samples,
-        "max_accuracy_drop": max_accuracy_drop,
+        "max_accuracy_drop": None if max_accuracy_drop is None else float(max_accuracy_drop),
         "seed": seed,
     }
     checkpoints = _Checkpoints(checkpoint_dir, settings)
@@ -283,7 +318,7 @@ def _convert(
 ) -> None:
     """Turn masks into what runs: block-sparse layers for blocks, plain zeros for the rest."""
     if not isinstance(granularity, Block):
-        remove_masks_(student)
+        leave_dense_(student, f"{granularity} masks leave plain zeros")
         return
     if all(piece_mask_of(module) is None for module in student.modules()):
         return  # not even the first round was accurate enough

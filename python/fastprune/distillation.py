@@ -15,6 +15,7 @@ from .batches import (
     Loss,
     LossFunction,
     OutputTransform,
+    check_reiterable,
     count_batches,
     count_correct,
     iterate_batches,
@@ -57,6 +58,14 @@ def distillation_loss(student_logits: Tensor, teacher_logits: Tensor, temperatur
     return divergence.mean() * temperature**2
 
 
+def check_distillation(temperature: float, hard_label_weight: float) -> None:
+    """Raise ValueError unless the temperature is above 0 and the weight in [0, 1]."""
+    if not temperature > 0:
+        raise ValueError(f"`temperature` must be above 0, got {temperature}")
+    if not 0.0 <= hard_label_weight <= 1.0:
+        raise ValueError(f"`hard_label_weight` must be in [0, 1], got {hard_label_weight}")
+
+
 def make_optimizer(optimizer: OptimizerOrFactory, model: nn.Module) -> torch.optim.Optimizer:
     """Return the optimizer itself, what the factory makes, or AdamW with a learning rate of 1e-3.
 
@@ -65,6 +74,9 @@ def make_optimizer(optimizer: OptimizerOrFactory, model: nn.Module) -> torch.opt
 
     """
     if isinstance(optimizer, torch.optim.Optimizer):
+        own = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+        if own.isdisjoint(id(parameter) for parameter in model.parameters()):
+            raise ValueError("`optimizer` must hold parameters of the model that is trained, it holds none")
         return optimizer
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     if optimizer is None:
@@ -131,10 +143,9 @@ def distill(
     check_model(teacher, "teacher")
     if not isinstance(epochs, int) or epochs < 1:
         raise ValueError(f"`epochs` must be an integer of at least 1, got {epochs!r}")
-    if not temperature > 0:
-        raise ValueError(f"`temperature` must be above 0, got {temperature}")
-    if not 0.0 <= hard_label_weight <= 1.0:
-        raise ValueError(f"`hard_label_weight` must be in [0, 1], got {hard_label_weight}")
+    check_distillation(temperature, hard_label_weight)
+    if epochs > 1:
+        check_reiterable(loader, "loader")
     loss = Loss(loss_fn)
     chosen_optimizer = make_optimizer(optimizer, student)
     device = model_device(student)

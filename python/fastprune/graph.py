@@ -19,6 +19,7 @@ from torch import Tensor, fx, nn
 
 from .batches import Batch
 from .granularity import is_scorable
+from .layers import has_forward_hooks
 
 # act(x)[i] depends on x[i] alone, in eval mode.
 ELEMENTWISE_MODULES = (
@@ -55,18 +56,13 @@ def _writes_in_place(node: fx.Node) -> bool:
     return False
 
 
-def has_forward_hooks(module: nn.Module) -> bool:
-    """Tell whether hooks may change what goes into a module or comes out of it."""
-    return bool(module._forward_pre_hooks or module._forward_hooks)
-
-
 class TracedModel:
     """A model as a graph of calls without side effects.
 
     Example:
         >>> traced = TracedModel.trace(model)
         >>> values = traced.run(batch)
-        >>> logits = traced.run_suffix(values, traced.single_call("layer1"), masked_output)
+        >>> logits = traced.run_suffix(values, traced.single_call(model.layer1), masked_output)
 
     """
 

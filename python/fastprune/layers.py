@@ -22,7 +22,8 @@ def _selectors(selection: Selection, argument: str) -> list[Selector]:
     single = isinstance(selection, (str, type)) or callable(selection) or not isinstance(selection, Iterable)
     selectors: list[Any] = [selection] if single else list(selection)  # type: ignore[arg-type]
     for selector in selectors:
-        if not isinstance(selector, (str, type)) and not callable(selector):
+        known = isinstance(selector, (str, type)) or callable(selector)
+        if not known or isinstance(selector, nn.Module):
             raise TypeError(
                 f"`{argument}` must be module types, name globs or predicates (name, module) -> bool, "
                 f"got {selector!r}"
@@ -41,6 +42,18 @@ def _matches(selectors: list[Selector], name: str, module: nn.Module) -> bool:
         if matched:
             return True
     return False
+
+
+def has_forward_hooks(module: nn.Module) -> bool:
+    """Tell whether hooks may change what goes into a module or comes out of it."""
+    return bool(module._forward_pre_hooks or module._forward_hooks)
+
+
+def is_plain(module: nn.Module) -> bool:
+    """Tell whether a layer computes what torch's Linear or Conv2d does: no forward of its own, no hooks."""
+    forward = nn.Linear.forward if isinstance(module, nn.Linear) else nn.Conv2d.forward
+    own = type(module).forward is not forward or "forward" in vars(module)
+    return not own and not has_forward_hooks(module)
 
 
 def check_model(model: object, name: str = "model") -> nn.Module:

@@ -193,8 +193,8 @@ def _targets(model: nn.Module, masks: Masks) -> list[tuple[nn.Module, str, Tenso
     for module, parameter, _ in targets:
         if module._parameters.get(parameter) is None and not parametrize.is_parametrized(module, parameter):
             raise ValueError(
-                f"`model` has a {type(module).__name__} whose {parameter} is no parameter; "
-                "torch.nn.utils.prune.remove makes it one again"
+                f"`model` has a {type(module).__name__} whose {parameter} is no parameter and takes no mask: "
+                "to_dense() takes a converted layer back, torch.nn.utils.prune.remove one that torch prunes"
             )
     return targets
 
@@ -235,6 +235,12 @@ def check_sparsity(sparsity: float, name: str = "sparsity") -> float:
     if isinstance(sparsity, bool) or not isinstance(sparsity, Real) or not 0.0 <= float(sparsity) < 1.0:
         raise ValueError(f"`{name}` must be a number in [0, 1), got {sparsity!r}")
     return float(sparsity)
+
+
+def check_scope(scope: str) -> None:
+    """Raise ValueError unless the scope is "global" or "layer"."""
+    if scope not in ("global", "layer"):
+        raise ValueError(f"`scope` must be 'global' or 'layer', got {scope!r}")
 
 
 def lowest_within(scores: Tensor, costs: Tensor, allowance: float) -> Tensor:

@@ -16,6 +16,7 @@ from .batches import (
     Loss,
     LossFunction,
     OutputTransform,
+    check_reiterable,
     count_correct,
     iterate_batches,
     model_device,
@@ -200,6 +201,7 @@ def compare(
         TypeError: ``example_inputs`` is of no known kind.
 
     """
+    check_reiterable(loader, "loader")
     if isinstance(example_inputs, Tensor):
         example = Batch((example_inputs,), {}, None, example_inputs.shape[0])
     elif isinstance(example_inputs, tuple):

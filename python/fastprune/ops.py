@@ -14,6 +14,14 @@ _ops = torch.ops.fastprune
 _warned: set[str] = set()
 
 
+def _is_transformed() -> bool:
+    """Whether a torch.func transform or forward-mode differentiation is under way, which ops do not serve."""
+    return (
+        torch._C._functorch.peek_interpreter_stack() is not None
+        or torch.autograd.forward_ad._current_level >= 0
+    )
+
+
 def _needs_grad(*tensors: Tensor | None) -> bool:
     return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
 
@@ -46,8 +54,9 @@ def block_sparse_linear(
 ) -> Tensor:
     """Return ``activation(input @ weight.T + bias)`` for a block-sparse weight.
 
-    Differentiable in ``input``, ``packed_values`` and ``bias``. The bits of the result depend neither
-    on the number of threads nor on the other samples of the batch.
+    Differentiable in ``input``, ``packed_values`` and ``bias``; under ``torch.func`` transforms and
+    forward-mode differentiation it is computed through the dense weight. The bits of the result depend
+    neither on the number of threads nor on the other samples of the batch.
 
     Example:
         >>> weight = fp.BlockSparseTensor.from_dense(torch.eye(32), blocksize=(16, 16))
@@ -78,7 +87,8 @@ def block_sparse_linear(
     if _needs_grad(input, packed_values, bias):
         # The one with gradients costs some microseconds more for each call.
         op = _ops.block_sparse_linear
-    if _lacks_cuda_kernel("block_sparse_linear", input, input.dtype == torch.float32):
+    supported = input.dtype == torch.float32 or (input.is_cuda and torch.is_autocast_enabled("cuda"))
+    if _lacks_cuda_kernel("block_sparse_linear", input, supported) or _is_transformed():
         return reference.block_sparse_linear(
             input,
             packed_values,
@@ -125,6 +135,6 @@ def ablated_cross_entropy(
         ValueError: shapes, dtypes or devices disagree, or targets or pieces are out of range.
 
     """
-    if _lacks_cuda_kernel("ablated_cross_entropy", logits, False):
+    if _lacks_cuda_kernel("ablated_cross_entropy", logits, False) or _is_transformed():
         return reference.ablated_cross_entropy(logits, hidden, weight, targets, pieces, sample_weight)
     return _ops.ablated_cross_entropy(logits, hidden, weight, targets, pieces, sample_weight)

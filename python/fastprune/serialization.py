@@ -41,13 +41,16 @@ def _structure(model: nn.Module) -> dict[str, Any]:
     masked = []
     for name, module in model.named_modules():
         if isinstance(module, BlockSparseLinear):
+            if not name:
+                raise ValueError("`model` must not be a BlockSparseLinear itself; put it into a Sequential")
             block_sparse[name] = {
                 "shape": [module.out_features, module.in_features],
                 "activation": module.activation,
             }
         elif parametrize.is_parametrized(module):
             for parameter in module.parametrizations:
-                if piece_mask_of(module, parameter) is None:
+                chain = module.parametrizations[parameter]
+                if len(chain) != 1 or piece_mask_of(module, parameter) is None:
                     raise ValueError(
                         f"layer '{name}' has a parametrization of '{parameter}' that is no fastprune mask; "
                         "remove it before saving"
@@ -141,6 +144,7 @@ def _block_sparse_module(
         {f"{name}.{part}": tensor for part, tensor in module.state_dict().items() if part == "bias"},
     )
     parameter = next(iter(old.parameters()))
+    module.requires_grad_(parameter.requires_grad)
     if packed_values.dtype != parameter.dtype:
         raise ValueError(
             f"`fresh_model` does not fit: layer '{name}' must be {packed_values.dtype}, got {parameter.dtype}"
@@ -219,6 +223,11 @@ def load(path: str | os.PathLike[str], fresh_model: nn.Module) -> nn.Module:
     return fresh_model
 
 
+def _overlaps(tensor: Tensor) -> bool:
+    """Whether a tensor has elements that share memory, as an expanded one has: it cannot be written to."""
+    return any(stride == 0 and size > 1 for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+
+
 def _check_state(expected: dict[str, Tensor], tensors: dict[str, Tensor]) -> None:
     missing, unexpected = sorted(expected.keys() - tensors), sorted(tensors.keys() - expected)
     if missing or unexpected:
@@ -227,6 +236,8 @@ def _check_state(expected: dict[str, Tensor], tensors: dict[str, Tensor]) -> Non
         )
     for name, tensor in expected.items():
         saved = tensors[name]
+        if _overlaps(tensor):
+            raise ValueError(f"`fresh_model` cannot be loaded into: '{name}' is an expanded tensor; clone it")
         if saved.shape != tensor.shape or saved.dtype != tensor.dtype:
             raise ValueError(
                 f"the file does not fit `fresh_model`: '{name}' must be {tensor.dtype} of shape "

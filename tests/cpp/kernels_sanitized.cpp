@@ -59,8 +59,7 @@ void test_block_sparse_linear(int64_t samples, int64_t in_features, int64_t out_
   const auto kernel = kernels_of<T>(cpu_kernels()).block_sparse_linear;
   for (int64_t chunk = 0; chunk < chunks; ++chunk) {
     std::vector<T> scratch(work.scratch_size);
-    kernel(args, work.total * chunk / chunks, work.total * (chunk + 1) / chunks,
-           scratch.data());
+    kernel(args, work.total * chunk / chunks, work.total * (chunk + 1) / chunks, scratch.data());
   }
 
   bool equal = true;

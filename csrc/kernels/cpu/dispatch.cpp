@@ -70,7 +70,11 @@ const CpuKernels& cpu_kernels() {
   const CpuKernels* kernels = active.load(std::memory_order_acquire);
   if (kernels == nullptr) {
     const char* forced = std::getenv("FASTPRUNE_CPU_ISA");
-    kernels = &choose(forced ? forced : "");
+    try {
+      kernels = &choose(forced ? forced : "");
+    } catch (const std::invalid_argument& error) {
+      throw std::invalid_argument(std::string(error.what()) + " (set by FASTPRUNE_CPU_ISA)");
+    }
     active.store(kernels, std::memory_order_release);
   }
   return *kernels;

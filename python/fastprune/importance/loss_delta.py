@@ -19,7 +19,8 @@ from torch.nn.utils import parametrize
 from .. import ops
 from ..batches import Batch, Loss, OutputTransform, read_logits
 from ..granularity import Block, Element, Granularity, Unit, weight_from_taps, weight_of
-from ..graph import TracedModel, has_forward_hooks
+from ..graph import TracedModel
+from ..layers import has_forward_hooks, is_plain
 
 Advance = Callable[[int], None]
 
@@ -154,7 +155,7 @@ class LossDeltas:
         last_node = traced.output_node.args[0]
         last = traced.module_of(last_node) if isinstance(last_node, fx.Node) else None
         node = self._plain_call(name, module)
-        if not isinstance(last, nn.Linear) or not _is_plain(last) or node is None:
+        if not isinstance(last, nn.Linear) or not is_plain(last) or node is None:
             return None
         assert isinstance(last_node, fx.Node)
         if traced.single_call(last) is not last_node:
@@ -219,7 +220,7 @@ class LossDeltas:
 
     def _plain_call(self, name: str, module: nn.Module) -> fx.Node | None:
         """The node that is the only use of a layer, if the layer computes what torch's own would."""
-        if self.traced is None or not _is_plain(module):
+        if self.traced is None or not is_plain(module):
             return None
         if name in self.norms and has_forward_hooks(self.model.get_submodule(self.norms[name])):
             return None
@@ -291,13 +292,6 @@ class LossDeltas:
             return
         for masked_weight in _masked_weights(self.pieces, weight_of(module)):
             yield None if masked_weight is None else run([(module, "weight", masked_weight)])
-
-
-def _is_plain(module: nn.Module) -> bool:
-    """Whether a layer computes what torch's Linear or Conv2d does: no forward of its own, no hooks."""
-    forward = nn.Linear.forward if isinstance(module, nn.Linear) else nn.Conv2d.forward
-    own = type(module).forward is not forward or "forward" in vars(module)
-    return not own and not has_forward_hooks(module)
 
 
 class _Fixed(nn.Module):

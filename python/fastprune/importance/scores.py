@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Iterator, Mapping
 from numbers import Real
 
@@ -10,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ..granularity import Granularity
-from ..masks import Budget, Masks, check_sparsity, select_pieces
+from ..masks import Budget, Masks, check_scope, check_sparsity, select_pieces
 
 
 class ImportanceScores(Mapping[str, Tensor]):
@@ -96,6 +97,8 @@ class ImportanceScores(Mapping[str, Tensor]):
     ) -> Masks:
         """Return masks that drop the lowest scores; exactly one of the first three is given.
 
+        Warns where nothing is left of a layer.
+
         Example:
             >>> masks = scores.select(sparsity=0.75, scope="global")
             >>> masks.sparsity()
@@ -115,8 +118,7 @@ class ImportanceScores(Mapping[str, Tensor]):
         given = [name for name, value in options.items() if value is not None]
         if len(given) != 1:
             raise ValueError(f"select needs exactly one of `sparsity`, `threshold`, `budget`, got {given}")
-        if scope not in ("global", "layer"):
-            raise ValueError(f"`scope` must be 'global' or 'layer', got {scope!r}")
+        check_scope(scope)
         removable = None
         cost = "params"
         if sparsity is not None:
@@ -134,6 +136,13 @@ class ImportanceScores(Mapping[str, Tensor]):
         masks = select_pieces(
             ranked, self._costs(cost), removable=removable, threshold=threshold, scope=scope
         )
+        emptied = [name for name, mask in masks.items() if mask.numel() and not bool(mask.any())]
+        if emptied:
+            warnings.warn(
+                f"fastprune: nothing is left of {', '.join(emptied)}: the model no longer depends on what "
+                "goes through there; scope='layer' or less sparsity keeps every layer",
+                stacklevel=2,
+            )
         return Masks(masks, self.granularity, self.weight_shapes, self.norms)
 
     def __repr__(self) -> str:

@@ -60,6 +60,12 @@ class _EvalMode:
                 buffer.copy_(before)
 
 
+def check_criterion(criterion: str) -> None:
+    """Raise ValueError for a criterion that does not exist."""
+    if criterion not in CRITERIA:
+        raise ValueError(f"`criterion` must be one of {', '.join(CRITERIA)}, got {criterion!r}")
+
+
 def score(
     model: nn.Module,
     loader: Iterable[Any] | None,
@@ -103,8 +109,7 @@ def score(
         ValueError: the loader is empty, no layer is left, or weights, losses or deltas are NaN or inf.
 
     """
-    if criterion not in CRITERIA:
-        raise ValueError(f"`criterion` must be one of {', '.join(CRITERIA)}, got {criterion!r}")
+    check_criterion(criterion)
     check_granularity(granularity)
     layers = select_layers(model, include, exclude)
     loss = Loss(loss_fn)

@@ -15,7 +15,7 @@ from torch.nn.utils import parametrize
 
 from ..batches import Batch, model_device
 from ..granularity import check_blocksize, is_scorable
-from ..layers import check_model
+from ..layers import check_model, is_plain
 from ..masks import piece_mask_of, remove_masks_
 from ..timing import interleaved_medians
 from .linear import BlockSparseLinear
@@ -89,6 +89,8 @@ def _why_dense(model: nn.Module, name: str, module: nn.Linear) -> str | None:
             return "torch's attention reads the weight and never calls the layer"
         kind = parametrize.type_before_parametrizations(module).__name__
         return f"{kind} may have a forward of its own"
+    if not is_plain(module):
+        return "it has hooks or a forward of its own"
     if module.weight.dtype not in (torch.float32, torch.float64):
         return f"no kernel for {module.weight.dtype}"
     return None
@@ -98,10 +100,11 @@ def _plain_linear(module: nn.Linear) -> nn.Linear:
     """A Linear without parametrizations, as it would run if the layer stayed dense."""
     linear = nn.Linear(module.in_features, module.out_features, bias=False, device="meta")
     linear.weight = nn.Parameter(module.weight.detach(), requires_grad=False)
-    linear.bias = module.bias
+    linear.bias = None if module.bias is None else nn.Parameter(module.bias.detach(), requires_grad=False)
     return linear
 
 
+@torch.inference_mode(False)
 @torch.no_grad()
 def sparsify_(
     model: nn.Module,
@@ -146,7 +149,9 @@ def sparsify_(
     }
     linears = {name: module for name, module in masked.items() if isinstance(module, nn.Linear)}
     if not masked:
-        warnings.warn("fastprune: sparsify_ found no masked layer; call apply_masks_ first", stacklevel=3)
+        converted = any(isinstance(module, BlockSparseLinear) for module in model.modules())
+        hint = "the model is converted already" if converted else "call apply_masks_ first"
+        warnings.warn(f"fastprune: sparsify_ found no masked layer; {hint}", stacklevel=3)
 
     flags = [(module, module.training) for module in model.modules()]
     model.eval()
@@ -183,6 +188,18 @@ def sparsify_(
     for name, choice in choices.items():
         model.get_submodule(name)._fastprune_choice = choice  # type: ignore[assignment]
     return model
+
+
+def leave_dense_(model: nn.Module, reason: str) -> nn.Module:
+    """Take all masks off in place and leave plain zeros, with the reason for :func:`explain`."""
+    for module in model.modules():
+        mask = piece_mask_of(module)
+        if mask is not None and is_scorable(module):
+            choice = LayerChoice(
+                (mask.shape[0], mask[0].numel()), float(mask.float().mean()), "dense", reason
+            )
+            module._fastprune_choice = choice  # type: ignore[assignment]
+    return remove_masks_(model)
 
 
 def _convert(

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from .. import ops
+from .. import ops, reference
 from ..block_sparse import BlockSparseTensor
 
 
@@ -100,7 +102,13 @@ class BlockSparseLinear(nn.Module):
     @property
     def weight(self) -> Tensor:
         """The dense ``[out_features, in_features]`` weight, made anew; gradients flow to the blocks."""
-        return self.block_sparse_weight.to_dense()
+        return reference.dense_weight(
+            self.packed_values,
+            self.crow_indices,
+            self.col_indices,
+            out_features=self.out_features,
+            in_features=self.in_features,
+        )
 
     @property
     def blocksize(self) -> tuple[int, int]:
@@ -149,6 +157,22 @@ class BlockSparseLinear(nn.Module):
             out_features=self.out_features,
             activation=self.activation,
         )
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        """Refuse indices that are no valid structure before they are copied: kernels read through them."""
+        parts = [state_dict.get(prefix + name) for name in ("packed_values", "crow_indices", "col_indices")]
+        packed_values, crow_indices, col_indices = parts
+        own = (self.packed_values, self.crow_indices, self.col_indices)
+        # Parts that are missing or of another shape are torch's to report.
+        if all(part is not None and part.shape == mine.shape for part, mine in zip(parts, own, strict=True)):
+            try:
+                shape = (self.out_features, self.in_features)
+                BlockSparseTensor(packed_values, crow_indices, col_indices, shape)  # type: ignore[arg-type]
+            except ValueError as error:
+                raise ValueError(
+                    f"the state of '{prefix.rstrip('.')}' is no valid structure: {error}"
+                ) from error
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
     def extra_repr(self) -> str:
         """Return what ``repr`` prints inside the brackets."""

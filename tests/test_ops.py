@@ -1,0 +1,91 @@
+"""The ops as torch users call them: transforms, compilation, autocast, import."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from torch import nn
+
+import fastprune as fp
+
+
+@pytest.fixture
+def layers():
+    torch.manual_seed(0)
+    mask = torch.rand(3, 5) < 0.6
+    sparse = fp.BlockSparseLinear.from_dense(nn.Linear(65, 33), (16, 16), mask)
+    return sparse, sparse.to_dense()
+
+
+def test_forward_mode_derivatives_are_those_of_the_dense_layer(layers):
+    input, direction = torch.randn(7, 65), torch.randn(7, 65)
+    results = [torch.func.jvp(layer, (input,), (direction,)) for layer in layers]
+    assert results[1][1].abs().max() > 0
+    torch.testing.assert_close(results[0], results[1])
+
+
+@pytest.mark.parametrize("transform", [torch.func.jacrev, torch.func.vmap])
+def test_function_transforms_give_what_the_dense_layer_gives(layers, transform):
+    input = torch.randn(7, 65)
+    sparse, dense = (transform(layer)(input) for layer in layers)
+    torch.testing.assert_close(sparse, dense)
+
+
+@pytest.mark.parametrize("grad", [False, True])
+def test_a_converted_model_compiles_whole(layers, grad):
+    model = nn.Sequential(layers[0], nn.ReLU(), nn.Linear(33, 4))
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    input = torch.randn(7, 65)
+    with torch.set_grad_enabled(grad):
+        torch.testing.assert_close(compiled(input), model(input))
+
+
+def test_a_converted_model_exports(layers):
+    input = torch.randn(7, 65)
+    exported = torch.export.export(nn.Sequential(layers[0]).eval(), (input,))
+    torch.testing.assert_close(exported.module()(input), layers[0](input))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_is_refused_when_traced_as_when_run(layers, dtype):
+    half = layers[0].to(dtype)
+    with pytest.raises(ValueError, match="`input` must have dtype"):
+        half(torch.randn(2, 65, dtype=dtype))
+    with pytest.raises(Exception, match="`input` must have dtype"):
+        torch.export.export(half.eval(), (torch.randn(2, 65, dtype=dtype),))
+
+
+def test_blocks_too_large_to_count_are_refused():
+    with pytest.raises(ValueError, match=r"`packed_values`.*from 1 to 128"):
+        fp.ops.block_sparse_linear(
+            torch.randn(4, 8),
+            torch.empty(0, 2**31, 2**31),
+            torch.zeros(2, dtype=torch.int32),
+            torch.zeros(0, dtype=torch.int32),
+            out_features=8,
+        )
+
+
+def test_import_does_not_start_cuda():
+    script = (
+        "import torch\n"
+        "torch.cuda.is_available = lambda: True\n"
+        "def fail(*args): raise SystemExit('CUDA was started')\n"
+        "torch.cuda.get_device_name = torch.cuda.current_device = fail\n"
+        "import fastprune; print(fastprune.__version__)"
+    )
+    result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert (result.returncode, result.stdout.strip()) == (0, fp.__version__), result.stderr
+
+
+def test_a_wrong_instruction_set_in_the_environment_is_named_at_the_first_kernel():
+    script = "import fastprune as fp; print('imported'); fp.cpu_isa()"
+    environment = {**os.environ, "FASTPRUNE_CPU_ISA": "sse9"}
+    result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=environment)
+    assert result.stdout.strip() == "imported"
+    assert "'sse9' is not available" in result.stderr
+    assert "FASTPRUNE_CPU_ISA" in result.stderr
