@@ -68,4 +68,26 @@ inline Tensor as_matrix(const Tensor& input) {
   return with_contiguous_columns(torch::stable::reshape(input, {samples, features}));
 }
 
+// The kernel's arguments, from tensors that are checked and contiguous, and that outlive the call.
+template <class T>
+BlockSparseLinearArgs<T> kernel_arguments(const Tensor& matrix, const Tensor& packed_values,
+                                          const Tensor& crow_indices, const Tensor& col_indices,
+                                          const std::optional<Tensor>& bias, Activation activation,
+                                          const Tensor& output) {
+  const int64_t out_features = output.size(output.dim() - 1);
+  BlockSparseLinearArgs<T> args;
+  args.input = matrix_view<T>(matrix);
+  args.weight.packed_values = static_cast<const T*>(packed_values.const_data_ptr());
+  args.weight.crow_indices = static_cast<const int32_t*>(crow_indices.const_data_ptr());
+  args.weight.col_indices = static_cast<const int32_t*>(col_indices.const_data_ptr());
+  args.weight.block_rows = crow_indices.size(0) - 1;
+  args.weight.rows = packed_values.size(2);
+  args.weight.cols = packed_values.size(1);
+  args.bias = bias ? static_cast<const T*>(bias->const_data_ptr()) : nullptr;
+  args.output = {static_cast<T*>(output.mutable_data_ptr()), args.input.rows, out_features,
+                 out_features};
+  args.activation = activation;
+  return args;
+}
+
 }  // namespace fastprune

@@ -38,24 +38,14 @@ void check_structure(const int32_t* crow, const int32_t* col, int64_t block_rows
 template <class T>
 void run(const Tensor& input, const Tensor& packed_values, const Tensor& crow_indices,
          const Tensor& col_indices, const std::optional<Tensor>& bias, Activation activation,
-         const Tensor& output, int64_t out_features) {
-  BlockSparseLinearArgs<T> args;
-  args.input = matrix_view<T>(input);
-  args.weight.packed_values = static_cast<const T*>(packed_values.const_data_ptr());
-  args.weight.crow_indices = static_cast<const int32_t*>(crow_indices.const_data_ptr());
-  args.weight.col_indices = static_cast<const int32_t*>(col_indices.const_data_ptr());
-  args.weight.block_rows = crow_indices.size(0) - 1;
-  args.weight.rows = packed_values.size(2);
-  args.weight.cols = packed_values.size(1);
-  args.bias = bias ? static_cast<const T*>(bias->const_data_ptr()) : nullptr;
-  args.output = {static_cast<T*>(output.mutable_data_ptr()), args.input.rows, out_features,
-                 out_features};
-  args.activation = activation;
+         const Tensor& output) {
+  const auto args = kernel_arguments<T>(input, packed_values, crow_indices, col_indices, bias,
+                                        activation, output);
 
   const int64_t block_cols = (args.input.cols + args.weight.cols - 1) / args.weight.cols;
   check_structure(args.weight.crow_indices, args.weight.col_indices, args.weight.block_rows,
                   block_cols, packed_values.size(0));
-  if (args.input.rows == 0 || out_features == 0) return;
+  if (args.input.rows == 0 || args.output.cols == 0) return;
 
   const BlockSparseLinearWork work = plan_block_sparse_linear(args);
   const auto kernel = kernels_of<T>(cpu_kernels()).block_sparse_linear;
@@ -89,10 +79,10 @@ Tensor block_sparse_linear_cpu(const Tensor& input, const Tensor& packed_values,
   const Tensor output = torch::stable::new_empty(input, output_shape(input, out_features));
   switch (input.scalar_type()) {
     case ScalarType::Float:
-      run<float>(matrix, values, crow, col, contiguous_bias, activation, output, out_features);
+      run<float>(matrix, values, crow, col, contiguous_bias, activation, output);
       break;
     case ScalarType::Double:
-      run<double>(matrix, values, crow, col, contiguous_bias, activation, output, out_features);
+      run<double>(matrix, values, crow, col, contiguous_bias, activation, output);
       break;
     default:
       throw_value_error(kOp, ": `input` must have dtype Float or Double, got ",

@@ -32,19 +32,8 @@ Tensor block_sparse_linear_cuda(const Tensor& input, const Tensor& packed_values
   if (bias) contiguous_bias = torch::stable::contiguous(*bias);
   const Tensor output = torch::stable::new_empty(input, output_shape(input, out_features));
 
-  BlockSparseLinearArgs<float> args;
-  args.input = matrix_view<float>(matrix);
-  args.weight.packed_values = static_cast<const float*>(values.const_data_ptr());
-  args.weight.crow_indices = static_cast<const int32_t*>(crow.const_data_ptr());
-  args.weight.col_indices = static_cast<const int32_t*>(col.const_data_ptr());
-  args.weight.block_rows = crow.size(0) - 1;
-  args.weight.rows = values.size(2);
-  args.weight.cols = values.size(1);
-  args.bias =
-      contiguous_bias ? static_cast<const float*>(contiguous_bias->const_data_ptr()) : nullptr;
-  args.output = {static_cast<float*>(output.mutable_data_ptr()), args.input.rows, out_features,
-                 out_features};
-  args.activation = activation;
+  const auto args =
+      kernel_arguments<float>(matrix, values, crow, col, contiguous_bias, activation, output);
   check_launch(launch_block_sparse_linear(args, current_stream(input)), "block_sparse_linear_f32",
                input, "input ", shape_text(input), ", packed_values ", shape_text(packed_values),
                ", output ", shape_text(output));
