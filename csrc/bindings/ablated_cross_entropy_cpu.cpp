@@ -4,6 +4,7 @@
 
 #include "../kernels/cpu/dispatch.h"
 #include "tensor_checks.h"
+#include "tensor_memory.h"
 
 namespace fastprune {
 namespace {

@@ -7,24 +7,32 @@
 
 #include "../kernels/block_sparse_linear.h"
 #include "tensor_checks.h"
+#include "tensor_memory.h"
 
 namespace fastprune {
 
 inline Activation parse_activation(const char* op, const std::string& name) {
   if (name == "none") return Activation::kNone;
   if (name == "relu") return Activation::kRelu;
-  throw_value_error(op, ": `activation` must be 'none' or 'relu', got '", name, "'");
+  if (name == "gelu") return Activation::kGelu;
+  if (name == "gelu_tanh") return Activation::kGeluTanh;
+  if (name == "silu") return Activation::kSilu;
+  throw_value_error(op,
+                    ": `activation` must be 'none', 'relu', 'gelu', 'gelu_tanh' or 'silu', got '",
+                    name, "'");
 }
 
-// Everything that can be checked without reading the indices.
-inline void check_block_sparse_linear(const char* op, const Tensor& input,
-                                      const Tensor& packed_values, const Tensor& crow_indices,
-                                      const Tensor& col_indices, const std::optional<Tensor>& bias,
-                                      int64_t out_features) {
+constexpr int64_t kLargestBlock = 128;
+
+inline int64_t ceil_divide(int64_t a, int64_t b) { return a / b + (a % b != 0); }
+
+// Everything of the weight's parts that can be checked without reading the indices; `input` is the
+// argument whose device and dtype the others share.
+inline void check_weight(const char* op, const Tensor& input, const Tensor& packed_values,
+                         const Tensor& crow_indices, const Tensor& col_indices) {
   check_same_device(op, "packed_values", packed_values, input);
   check_same_device(op, "crow_indices", crow_indices, input);
   check_same_device(op, "col_indices", col_indices, input);
-  if (input.dim() < 1) throw_value_error(op, ": `input` must have at least 1 dimension, got 0");
   check_dtype(op, "packed_values", packed_values, input.scalar_type());
   check_dtype(op, "crow_indices", crow_indices, ScalarType::Int);
   check_dtype(op, "col_indices", col_indices, ScalarType::Int);
@@ -33,17 +41,32 @@ inline void check_block_sparse_linear(const char* op, const Tensor& input,
   check_dim(op, "col_indices", col_indices, 1);
   check_size(op, "col_indices", col_indices, 0, packed_values.size(0));
   const int64_t rows = packed_values.size(2), cols = packed_values.size(1);
-  constexpr int64_t kLargestBlock = 128;
   if (rows < 1 || cols < 1 || rows > kLargestBlock || cols > kLargestBlock) {
     throw_value_error(op,
                       ": `packed_values` must be [kept, cols, rows] with cols and rows from 1 to ",
                       kLargestBlock, ", got ", shape_text(packed_values));
   }
-  if (out_features < 0) {
-    throw_value_error(op, ": `out_features` must be >= 0, got ", out_features);
+}
+
+inline void check_has_features(const char* op, const char* name, const Tensor& tensor) {
+  if (tensor.dim() < 1) {
+    throw_value_error(op, ": `", name, "` must have at least 1 dimension, got 0");
   }
-  const int64_t block_rows = out_features / rows + (out_features % rows != 0);
-  check_size(op, "crow_indices", crow_indices, 0, block_rows + 1);
+}
+
+inline void check_feature_count(const char* op, const char* name, int64_t count) {
+  if (count < 0) throw_value_error(op, ": `", name, "` must be >= 0, got ", count);
+}
+
+inline void check_block_sparse_linear(const char* op, const Tensor& input,
+                                      const Tensor& packed_values, const Tensor& crow_indices,
+                                      const Tensor& col_indices, const std::optional<Tensor>& bias,
+                                      int64_t out_features) {
+  check_has_features(op, "input", input);
+  check_weight(op, input, packed_values, crow_indices, col_indices);
+  check_feature_count(op, "out_features", out_features);
+  check_size(op, "crow_indices", crow_indices, 0,
+             ceil_divide(out_features, packed_values.size(2)) + 1);
   if (bias) {
     check_same_device(op, "bias", *bias, input);
     check_dtype(op, "bias", *bias, input.scalar_type());
@@ -52,9 +75,10 @@ inline void check_block_sparse_linear(const char* op, const Tensor& input,
   }
 }
 
-inline std::vector<int64_t> output_shape(const Tensor& input, int64_t out_features) {
+// The shape of `input` with another number of features.
+inline std::vector<int64_t> with_features(const Tensor& input, int64_t features) {
   std::vector<int64_t> shape(input.sizes().begin(), input.sizes().end());
-  shape.back() = out_features;
+  shape.back() = features;
   return shape;
 }
 

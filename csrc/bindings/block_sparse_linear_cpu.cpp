@@ -1,38 +1,29 @@
 #include <torch/csrc/stable/library.h>
 
-#include <vector>
-
 #include "../kernels/cpu/dispatch.h"
 #include "block_sparse_linear.h"
+#include "block_structure.h"
+#include "parallel_kernel.h"
 
 namespace fastprune {
 namespace {
 
 constexpr const char* kOp = "block_sparse_linear";
+constexpr const char* kInputGradientOp = "block_sparse_linear_input_gradient";
 
-// The indices may come from a file: nothing is read through them before this. It costs about a
-// nanosecond for each kept block.
-void check_structure(const int32_t* crow, const int32_t* col, int64_t block_rows,
-                     int64_t block_cols, int64_t kept) {
-  if (crow[0] != 0 || crow[block_rows] != kept) {
-    throw_value_error(kOp, ": `crow_indices` must begin with 0 and end with ", kept,
-                      ", the number of blocks, got ", crow[0], " and ", crow[block_rows]);
-  }
-  for (int64_t row = 0; row < block_rows; ++row) {
-    if (crow[row] > crow[row + 1] || crow[row + 1] > kept) {
-      throw_value_error(kOp, ": `crow_indices` must not decrease, got ", crow[row], " then ",
-                        crow[row + 1], " at block row ", row);
-    }
-    int64_t previous = -1;
-    for (int64_t k = crow[row]; k < crow[row + 1]; ++k) {
-      if (col[k] <= previous || col[k] >= block_cols) {
-        throw_value_error(kOp, ": `col_indices` must increase within a block row and lie in [0, ",
-                          block_cols, "), got ", col[k], " after ", previous, " in block row ",
-                          row);
-      }
-      previous = col[k];
-    }
-  }
+template <class T>
+void multiply(const BlockProductArgs<T>& args) {
+  if (args.input.rows == 0 || args.output.cols == 0) return;
+  const auto& kernels = kernels_of<T>(cpu_kernels());
+  const auto& weight = args.weight;
+  const BlockProductWork work =
+      kernels.plan_block_product(args, torch::stable::get_num_threads());
+  const int64_t multiply_adds =
+      args.input.rows * weight.outputs * weight.steps * weight.offsets[weight.lists];
+  parallel_kernel<T>(work.total, multiply_adds, work.scratch_size,
+                     [&](int64_t begin, int64_t end, T* scratch) {
+                       kernels.block_product(args, work, begin, end, scratch);
+                     });
 }
 
 template <class T>
@@ -41,26 +32,18 @@ void run(const Tensor& input, const Tensor& packed_values, const Tensor& crow_in
          const Tensor& output) {
   const auto args = kernel_arguments<T>(input, packed_values, crow_indices, col_indices, bias,
                                         activation, output);
-
-  const int64_t block_cols = (args.input.cols + args.weight.cols - 1) / args.weight.cols;
-  check_structure(args.weight.crow_indices, args.weight.col_indices, args.weight.block_rows,
-                  block_cols, packed_values.size(0));
-  if (args.input.rows == 0 || args.output.cols == 0) return;
-
-  const BlockSparseLinearWork work = plan_block_sparse_linear(args);
-  const auto kernel = kernels_of<T>(cpu_kernels()).block_sparse_linear;
-  // Waking another thread costs some microseconds, about this many multiply-adds.
-  constexpr int64_t kWorthAThread = 200'000;
-  const int64_t per_position = work.samples_per_tile * args.weight.rows * args.weight.cols;
-  torch::stable::parallel_for(0, work.total, kWorthAThread / per_position + 1,
-                              [&](int64_t begin, int64_t end) {
-                                // Kept between calls: fresh pages cost more than the copy.
-                                thread_local std::vector<T> scratch;
-                                if (scratch.size() < static_cast<size_t>(work.scratch_size)) {
-                                  scratch.resize(work.scratch_size);
-                                }
-                                kernel(args, begin, end, scratch.data());
-                              });
+  const auto& weight = args.weight;
+  check_structure(kOp, weight.crow_indices, weight.col_indices, weight.block_rows,
+                  ceil_divide(args.input.cols, weight.cols), packed_values.size(0));
+  BlockProductArgs<T> product;
+  product.input = args.input;
+  product.weight = {weight.packed_values, weight.crow_indices, weight.col_indices,
+                    /*blocks=*/nullptr,   weight.block_rows,   weight.rows,
+                    weight.cols,          /*output_stride=*/1, /*step_stride=*/weight.rows};
+  product.bias = args.bias;
+  product.output = args.output;
+  product.activation = activation;
+  multiply(product);
 }
 
 Tensor block_sparse_linear_cpu(const Tensor& input, const Tensor& packed_values,
@@ -71,12 +54,12 @@ Tensor block_sparse_linear_cpu(const Tensor& input, const Tensor& packed_values,
   check_block_sparse_linear(kOp, input, packed_values, crow_indices, col_indices, bias,
                             out_features);
   const Tensor matrix = as_matrix(input);
-  const Tensor values = torch::stable::contiguous(packed_values);
-  const Tensor crow = torch::stable::contiguous(crow_indices);
-  const Tensor col = torch::stable::contiguous(col_indices);
+  const Tensor values = as_contiguous(packed_values);
+  const Tensor crow = as_contiguous(crow_indices);
+  const Tensor col = as_contiguous(col_indices);
   std::optional<Tensor> contiguous_bias;
-  if (bias) contiguous_bias = torch::stable::contiguous(*bias);
-  const Tensor output = torch::stable::new_empty(input, output_shape(input, out_features));
+  if (bias) contiguous_bias = as_contiguous(*bias);
+  const Tensor output = empty_tensor(input, with_features(input, out_features));
   switch (input.scalar_type()) {
     case ScalarType::Float:
       run<float>(matrix, values, crow, col, contiguous_bias, activation, output);
@@ -91,12 +74,74 @@ Tensor block_sparse_linear_cpu(const Tensor& input, const Tensor& packed_values,
   return output;
 }
 
+// The input gradient is the product with the transposed weight: block columns are its lists.
+template <class T>
+void run_input_gradient(const Tensor& grad_output, const Tensor& packed_values,
+                        const Tensor& crow_indices, const Tensor& col_indices,
+                        const Tensor& grad_input) {
+  const auto* crow = static_cast<const int32_t*>(crow_indices.const_data_ptr());
+  const auto* col = static_cast<const int32_t*>(col_indices.const_data_ptr());
+  const int64_t rows = packed_values.size(2), cols = packed_values.size(1);
+  const int64_t block_rows = crow_indices.size(0) - 1;
+  const int64_t in_features = grad_input.size(grad_input.dim() - 1);
+  const int64_t block_cols = ceil_divide(in_features, cols);
+  check_structure(kInputGradientOp, crow, col, block_rows, block_cols, packed_values.size(0));
+  const TransposedStructure structure = transpose_structure(crow, col, block_rows, block_cols);
+  BlockProductArgs<T> product;
+  product.input = matrix_view<T>(grad_output);
+  product.weight = {static_cast<const T*>(packed_values.const_data_ptr()),
+                    structure.offsets.data(),
+                    structure.sources.data(),
+                    structure.blocks.data(),
+                    block_cols,
+                    cols,
+                    rows,
+                    /*output_stride=*/rows,
+                    /*step_stride=*/1};
+  product.bias = nullptr;
+  product.output = {static_cast<T*>(grad_input.mutable_data_ptr()), product.input.rows,
+                    in_features, in_features};
+  product.activation = Activation::kNone;
+  multiply(product);
+}
+
+Tensor block_sparse_linear_input_gradient_cpu(const Tensor& grad_output,
+                                              const Tensor& packed_values,
+                                              const Tensor& crow_indices,
+                                              const Tensor& col_indices, int64_t in_features) {
+  check_has_features(kInputGradientOp, "grad_output", grad_output);
+  check_weight(kInputGradientOp, grad_output, packed_values, crow_indices, col_indices);
+  check_feature_count(kInputGradientOp, "in_features", in_features);
+  check_size(kInputGradientOp, "crow_indices", crow_indices, 0,
+             ceil_divide(grad_output.size(grad_output.dim() - 1), packed_values.size(2)) + 1);
+  const Tensor matrix = as_matrix(grad_output);
+  const Tensor values = as_contiguous(packed_values);
+  const Tensor crow = as_contiguous(crow_indices);
+  const Tensor col = as_contiguous(col_indices);
+  const Tensor grad_input =
+      empty_tensor(grad_output, with_features(grad_output, in_features));
+  switch (grad_output.scalar_type()) {
+    case ScalarType::Float:
+      run_input_gradient<float>(matrix, values, crow, col, grad_input);
+      break;
+    case ScalarType::Double:
+      run_input_gradient<double>(matrix, values, crow, col, grad_input);
+      break;
+    default:
+      throw_value_error(kInputGradientOp, ": `grad_output` must have dtype Float or Double, got ",
+                        dtype_text(grad_output.scalar_type()));
+  }
+  return grad_input;
+}
+
 }  // namespace
 
 // The same kernel twice: calls that need no gradient skip the Python of the autograd formula.
 STABLE_TORCH_LIBRARY_IMPL(fastprune, CPU, library) {
   library.impl("block_sparse_linear", TORCH_BOX(&block_sparse_linear_cpu));
   library.impl("block_sparse_linear_inference", TORCH_BOX(&block_sparse_linear_cpu));
+  library.impl("block_sparse_linear_input_gradient",
+               TORCH_BOX(&block_sparse_linear_input_gradient_cpu));
 }
 
 }  // namespace fastprune

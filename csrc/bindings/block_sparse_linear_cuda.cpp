@@ -23,14 +23,18 @@ Tensor block_sparse_linear_cuda(const Tensor& input, const Tensor& packed_values
     throw_value_error(kOp, ": on CUDA `input` must have dtype Float, got ",
                       dtype_text(input.scalar_type()));
   }
+  if (activation != Activation::kNone && activation != Activation::kRelu) {
+    throw_value_error(kOp, ": on CUDA `activation` must be 'none' or 'relu', got '",
+                      activation_name, "'");
+  }
   const auto guard = device_guard(input);
   const Tensor matrix = as_matrix(input);
-  const Tensor values = torch::stable::contiguous(packed_values);
-  const Tensor crow = torch::stable::contiguous(crow_indices);
-  const Tensor col = torch::stable::contiguous(col_indices);
+  const Tensor values = as_contiguous(packed_values);
+  const Tensor crow = as_contiguous(crow_indices);
+  const Tensor col = as_contiguous(col_indices);
   std::optional<Tensor> contiguous_bias;
-  if (bias) contiguous_bias = torch::stable::contiguous(*bias);
-  const Tensor output = torch::stable::new_empty(input, output_shape(input, out_features));
+  if (bias) contiguous_bias = as_contiguous(*bias);
+  const Tensor output = empty_tensor(input, with_features(input, out_features));
 
   const auto args =
       kernel_arguments<float>(matrix, values, crow, col, contiguous_bias, activation, output);

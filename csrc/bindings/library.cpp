@@ -14,6 +14,12 @@ STABLE_TORCH_LIBRARY(fastprune, library) {
       "block_sparse_linear_inference(Tensor input, Tensor packed_values, Tensor crow_indices, "
       "Tensor col_indices, Tensor? bias, int out_features, str activation) -> Tensor");
   library.def(
+      "block_sparse_linear_input_gradient(Tensor grad_output, Tensor packed_values, "
+      "Tensor crow_indices, Tensor col_indices, int in_features) -> Tensor");
+  library.def(
+      "block_sparse_linear_weight_gradient(Tensor grad_output, Tensor input, Tensor crow_indices, "
+      "Tensor col_indices, int rows, int cols) -> Tensor");
+  library.def(
       "ablated_cross_entropy(Tensor logits, Tensor hidden, Tensor weight, Tensor targets, "
       "Tensor pieces, Tensor? sample_weight) -> Tensor");
 }

@@ -13,8 +13,6 @@
 #include <stdexcept>
 #include <string>
 
-#include "../kernels/types.h"
-
 namespace fastprune {
 
 using torch::headeronly::ScalarType;
@@ -68,19 +66,6 @@ inline void check_same_device(const char* op, const char* name, const Tensor& te
   if (!same) {
     throw_value_error(op, ": `", name, "` must be on the device of the first argument");
   }
-}
-
-// The tensor itself where the columns are contiguous, else a contiguous copy.
-inline Tensor with_contiguous_columns(const Tensor& tensor) {
-  const int64_t last = tensor.dim() - 1;
-  const bool usable = tensor.size(last) <= 1 || tensor.stride(last) == 1;
-  return usable ? tensor : torch::stable::contiguous(tensor);
-}
-
-template <class T>
-MatrixView<const T> matrix_view(const Tensor& tensor) {
-  return {static_cast<const T*>(tensor.const_data_ptr()), tensor.size(0), tensor.size(1),
-          tensor.size(0) > 1 ? tensor.stride(0) : tensor.size(1)};
 }
 
 }  // namespace fastprune

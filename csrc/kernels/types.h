@@ -30,6 +30,6 @@ struct BlockSparseView {
   int64_t cols;
 };
 
-enum class Activation : int32_t { kNone = 0, kRelu = 1 };
+enum class Activation : int32_t { kNone, kRelu, kGelu, kGeluTanh, kSilu };
 
 }  // namespace fastprune

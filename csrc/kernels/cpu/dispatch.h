@@ -5,7 +5,8 @@
 #include <vector>
 
 #include "../ablated_cross_entropy.h"
-#include "../block_sparse_linear.h"
+#include "../block_sparse_linear_weight_gradient.h"
+#include "block_product.h"
 
 namespace fastprune {
 
@@ -13,9 +14,15 @@ namespace fastprune {
 // describes; the kernels know nothing of threads.
 template <class T>
 struct CpuKernelsOf {
-  // scratch: plan_block_sparse_linear(args).scratch_size elements that no other thread uses.
-  void (*block_sparse_linear)(const BlockSparseLinearArgs<T>&, int64_t begin, int64_t end,
-                              T* scratch);
+  // scratch: the plan's scratch_size elements that no other thread uses.
+  BlockProductWork (*plan_block_product)(const BlockProductArgs<T>&, int64_t threads);
+  void (*block_product)(const BlockProductArgs<T>&, const BlockProductWork&, int64_t begin,
+                        int64_t end, T* scratch);
+  BlockSparseLinearWeightGradientWork (*plan_weight_gradient)(
+      const BlockSparseLinearWeightGradientArgs<T>&);
+  void (*weight_gradient)(const BlockSparseLinearWeightGradientArgs<T>&,
+                          const BlockSparseLinearWeightGradientWork&, int64_t begin, int64_t end,
+                          T* scratch);
   void (*ablated_cross_entropy_prepare)(const AblatedCrossEntropyArgs<T>&, int64_t begin,
                                         int64_t end);
   void (*ablated_cross_entropy)(const AblatedCrossEntropyArgs<T>&, int64_t begin, int64_t end);

@@ -6,6 +6,7 @@
 
 #include <cmath>
 #include <cstdint>
+#include <type_traits>
 
 #if defined(__AVX512F__)
 #define FASTPRUNE_VECTOR_BYTES 64
@@ -25,6 +26,10 @@ struct VecOf {
 template <class T, int Lanes>
 using Vec = typename VecOf<T, Lanes>::type;
 
+// The integer of T's size, as shuffles and bit patterns need it.
+template <class T>
+using IntOf = std::conditional_t<sizeof(T) == 4, int32_t, int64_t>;
+
 template <class T>
 constexpr int kLanes = FASTPRUNE_VECTOR_BYTES / static_cast<int>(sizeof(T));
 
@@ -38,6 +43,15 @@ inline V load(const T* source) {
 template <class V, class T>
 inline void store(T* target, V value) {
   __builtin_memcpy(target, &value, sizeof(V));
+}
+
+// The same bits as another type of the same size.
+template <class To, class From>
+inline To bit_cast(From value) {
+  static_assert(sizeof(To) == sizeof(From));
+  To result;
+  __builtin_memcpy(&result, &value, sizeof(To));
+  return result;
 }
 
 template <class V, class T>
@@ -55,17 +69,22 @@ inline V minimum(V a, V b) {
   return a < b ? a : b;
 }
 
-// Bounds of the relative errors of the two functions below, over their whole range, with and
-// without fused multiply-adds; tests/cpp/vec_accuracy.cpp measures 1.2e-7 and 2.8e-7.
+// Bounds of the relative errors of the functions below, over their whole range, with and
+// without fused multiply-adds; tests/cpp/vec_accuracy.cpp measures them.
+constexpr double kExpRelativeError = 1.5e-7;
 constexpr double kExpm1RelativeError = 1.5e-7;
 constexpr double kLog1pRelativeError = 3.5e-7;
 
-// exp(x) - 1 for x in [-80, 80]; the caller clamps.
-// x = k ln 2 + r with |r| <= ln(2) / 2, then 2^k expm1(r) + (2^k - 1), exact in 2^k. ln 2 is
-// split in two as in Cody and Waite, Software Manual for the Elementary Functions (1980); the
-// polynomial is the Taylor series of expm1 to r^7, whose remainder at ln(2) / 2 is 6e-9.
+// x = k ln 2 + r with |r| <= ln(2) / 2: power = 2^k and expm1(r), for x in [-87, 87].
+// ln 2 is split in two as in Cody and Waite, Software Manual for the Elementary Functions (1980);
+// the polynomial is the Taylor series of expm1 to r^7, whose remainder at ln(2) / 2 is 6e-9.
 template <int Lanes>
-inline Vec<float, Lanes> expm1_clamped(Vec<float, Lanes> x) {
+struct ExpParts {
+  Vec<float, Lanes> power, expm1;
+};
+
+template <int Lanes>
+inline ExpParts<Lanes> exp_parts(Vec<float, Lanes> x) {
   using Float = Vec<float, Lanes>;
   using Int = Vec<int32_t, Lanes>;
   constexpr float kRound = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer
@@ -80,9 +99,22 @@ inline Vec<float, Lanes> expm1_clamped(Vec<float, Lanes> x) {
   p = p * r + 1.0f / 6.0f;
   p = p * r + 0.5f;
   p = p * (r * r) + r;
-  const Int exponent = (reinterpret_cast<const Int&>(shifted) - 0x4B400000 + 127) << 23;
-  const Float power = reinterpret_cast<const Float&>(exponent);
-  return power * p + (power - 1.0f);
+  const Int exponent = (bit_cast<Int>(shifted) - 0x4B400000 + 127) << 23;
+  return {bit_cast<Float>(exponent), p};
+}
+
+// exp(x) for x in [-87, 87]; the caller clamps.
+template <int Lanes>
+inline Vec<float, Lanes> exp_clamped(Vec<float, Lanes> x) {
+  const ExpParts<Lanes> parts = exp_parts<Lanes>(x);
+  return parts.power * parts.expm1 + parts.power;
+}
+
+// exp(x) - 1 for x in [-80, 80]; the caller clamps. Exact in 2^k, so small x lose nothing.
+template <int Lanes>
+inline Vec<float, Lanes> expm1_clamped(Vec<float, Lanes> x) {
+  const ExpParts<Lanes> parts = exp_parts<Lanes>(x);
+  return parts.power * parts.expm1 + (parts.power - 1.0f);
 }
 
 // log(1 + x) for finite x > -0.95.
@@ -94,11 +126,11 @@ inline Vec<float, Lanes> log1p_clamped(Vec<float, Lanes> x) {
   using Int = Vec<int32_t, Lanes>;
   const Float u = x + 1.0f;
   const Float lost = (x - (u - 1.0f)) / u;
-  const Int bits = reinterpret_cast<const Int&>(u);
+  const Int bits = bit_cast<Int>(u);
   // 0x3F3504F3 is sqrt(1/2): the exponent is counted from there.
   const Int exponent = (bits - 0x3F3504F3) >> 23;
   const Int mantissa_bits = bits - (exponent << 23);
-  const Float m = reinterpret_cast<const Float&>(mantissa_bits);
+  const Float m = bit_cast<Float>(mantissa_bits);
   const Float s = (m - 1.0f) / (m + 1.0f);
   const Float z = s * s;
   Float series = broadcast<Float>(2.0f / 9.0f);
@@ -111,6 +143,12 @@ inline Vec<float, Lanes> log1p_clamped(Vec<float, Lanes> x) {
 }
 
 // Double takes the C library, lane by lane: it serves models in double, where accuracy counts.
+template <int Lanes>
+inline Vec<double, Lanes> exp_clamped(Vec<double, Lanes> x) {
+  for (int lane = 0; lane < Lanes; ++lane) x[lane] = ::exp(x[lane]);
+  return x;
+}
+
 template <int Lanes>
 inline Vec<double, Lanes> expm1_clamped(Vec<double, Lanes> x) {
   for (int lane = 0; lane < Lanes; ++lane) x[lane] = ::expm1(x[lane]);

@@ -1,0 +1,92 @@
+#include "../kernels/block_sparse_linear_weight_gradient.h"
+
+#include <torch/csrc/stable/library.h>
+
+#include <algorithm>
+
+#include "../kernels/cpu/dispatch.h"
+#include "block_sparse_linear.h"
+#include "block_structure.h"
+#include "parallel_kernel.h"
+
+namespace fastprune {
+namespace {
+
+constexpr const char* kOp = "block_sparse_linear_weight_gradient";
+
+template <class T>
+void run(const Tensor& grad_output, const Tensor& input, const Tensor& crow_indices,
+         const Tensor& col_indices, const Tensor& grad_values) {
+  BlockSparseLinearWeightGradientArgs<T> args;
+  args.input = matrix_view<T>(input);
+  args.grad_output = matrix_view<T>(grad_output);
+  args.crow_indices = static_cast<const int32_t*>(crow_indices.const_data_ptr());
+  args.col_indices = static_cast<const int32_t*>(col_indices.const_data_ptr());
+  args.block_rows = crow_indices.size(0) - 1;
+  args.rows = grad_values.size(2);
+  args.cols = grad_values.size(1);
+  args.grad_values = static_cast<T*>(grad_values.mutable_data_ptr());
+  check_structure(kOp, args.crow_indices, args.col_indices, args.block_rows,
+                  ceil_divide(args.input.cols, args.cols), grad_values.size(0));
+  if (args.input.rows == 0) {
+    std::fill_n(args.grad_values, grad_values.numel(), T{});
+    return;
+  }
+  const auto& kernels = kernels_of<T>(cpu_kernels());
+  const BlockSparseLinearWeightGradientWork work = kernels.plan_weight_gradient(args);
+  parallel_kernel<T>(work.total, args.input.rows * grad_values.numel(), work.scratch_size,
+                     [&](int64_t begin, int64_t end, T* scratch) {
+                       kernels.weight_gradient(args, work, begin, end, scratch);
+                     });
+}
+
+Tensor block_sparse_linear_weight_gradient_cpu(const Tensor& grad_output, const Tensor& input,
+                                               const Tensor& crow_indices,
+                                               const Tensor& col_indices, int64_t rows,
+                                               int64_t cols) {
+  check_has_features(kOp, "grad_output", grad_output);
+  check_has_features(kOp, "input", input);
+  check_same_device(kOp, "input", input, grad_output);
+  check_same_device(kOp, "crow_indices", crow_indices, grad_output);
+  check_same_device(kOp, "col_indices", col_indices, grad_output);
+  check_dtype(kOp, "input", input, grad_output.scalar_type());
+  check_dtype(kOp, "crow_indices", crow_indices, ScalarType::Int);
+  check_dtype(kOp, "col_indices", col_indices, ScalarType::Int);
+  check_dim(kOp, "crow_indices", crow_indices, 1);
+  check_dim(kOp, "col_indices", col_indices, 1);
+  check_dim(kOp, "input", input, grad_output.dim());
+  for (int64_t d = 0; d + 1 < input.dim(); ++d) {
+    check_size(kOp, "input", input, d, grad_output.size(d));
+  }
+  if (rows < 1 || cols < 1 || rows > kLargestBlock || cols > kLargestBlock) {
+    throw_value_error(kOp, ": `rows` and `cols` must be from 1 to ", kLargestBlock, ", got ", rows,
+                      " and ", cols);
+  }
+  check_size(kOp, "crow_indices", crow_indices, 0,
+             ceil_divide(grad_output.size(grad_output.dim() - 1), rows) + 1);
+  const Tensor grad_matrix = as_matrix(grad_output), input_matrix = as_matrix(input);
+  const Tensor crow = as_contiguous(crow_indices);
+  const Tensor col = as_contiguous(col_indices);
+  const Tensor grad_values = empty_tensor(grad_output, {col.size(0), cols, rows});
+  switch (grad_output.scalar_type()) {
+    case ScalarType::Float:
+      run<float>(grad_matrix, input_matrix, crow, col, grad_values);
+      break;
+    case ScalarType::Double:
+      run<double>(grad_matrix, input_matrix, crow, col, grad_values);
+      break;
+    default:
+      throw_value_error(kOp, ": `grad_output` must have dtype Float or Double, got ",
+                        dtype_text(grad_output.scalar_type()));
+  }
+  return grad_values;
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(fastprune, CPU, library) {
+  library.impl("block_sparse_linear_weight_gradient",
+               TORCH_BOX(&block_sparse_linear_weight_gradient_cpu));
+}
+
+}  // namespace fastprune

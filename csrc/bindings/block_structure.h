@@ -1,0 +1,67 @@
+// The indices of a block-sparse matrix on the CPU: their check, and their transposition.
+#pragma once
+
+#include <cstdint>
+#include <vector>
+
+#include "tensor_checks.h"
+
+namespace fastprune {
+
+// The indices may come from a file: nothing is read through them before this.
+inline void check_structure(const char* op, const int32_t* crow, const int32_t* col,
+                            int64_t block_rows, int64_t block_cols, int64_t kept) {
+  if (crow[0] != 0 || crow[block_rows] != kept) {
+    throw_value_error(op, ": `crow_indices` must begin with 0 and end with ", kept,
+                      ", the number of blocks, got ", crow[0], " and ", crow[block_rows]);
+  }
+  for (int64_t row = 0; row < block_rows; ++row) {
+    if (crow[row] > crow[row + 1] || crow[row + 1] > kept) {
+      throw_value_error(op, ": `crow_indices` must not decrease, got ", crow[row], " then ",
+                        crow[row + 1], " at block row ", row);
+    }
+    const int64_t begin = crow[row], end = crow[row + 1];
+    if (begin == end) continue;
+    // Without branches, so that the compiler makes vectors of it; the loop below finds the place.
+    bool wrong = col[begin] < 0 || col[end - 1] >= block_cols;
+    for (int64_t k = begin + 1; k < end; ++k) wrong |= col[k] <= col[k - 1];
+    if (!wrong) continue;
+    int64_t previous = -1;
+    for (int64_t k = begin; k < end; ++k) {
+      if (col[k] <= previous || col[k] >= block_cols) {
+        throw_value_error(op, ": `col_indices` must increase within a block row and lie in [0, ",
+                          block_cols, "), got ", col[k], " after ", previous, " in block row ",
+                          row);
+      }
+      previous = col[k];
+    }
+  }
+}
+
+// The kept blocks by block column: entry j of column c, offsets[c] <= j < offsets[c + 1], is block
+// blocks[j], of block row sources[j]. Within a column they are in the order of the block rows.
+struct TransposedStructure {
+  std::vector<int32_t> offsets, sources, blocks;
+};
+
+inline TransposedStructure transpose_structure(const int32_t* crow, const int32_t* col,
+                                               int64_t block_rows, int64_t block_cols) {
+  const int64_t kept = crow[block_rows];
+  TransposedStructure result;
+  result.offsets.assign(block_cols + 1, 0);
+  result.sources.resize(kept);
+  result.blocks.resize(kept);
+  for (int64_t k = 0; k < kept; ++k) ++result.offsets[col[k] + 1];
+  for (int64_t c = 0; c < block_cols; ++c) result.offsets[c + 1] += result.offsets[c];
+  std::vector<int32_t> next(result.offsets.begin(), result.offsets.end() - 1);
+  for (int64_t row = 0; row < block_rows; ++row) {
+    for (int32_t k = crow[row]; k < crow[row + 1]; ++k) {
+      const int32_t j = next[col[k]]++;
+      result.sources[j] = static_cast<int32_t>(row);
+      result.blocks[j] = k;
+    }
+  }
+  return result;
+}
+
+}  // namespace fastprune

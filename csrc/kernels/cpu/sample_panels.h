@@ -1,0 +1,146 @@
+// block_product with vectors along the samples.
+//
+// A group of up to kPanelVectors vectors of samples is transposed into a panel, [features][width], that
+// stays in the second-level cache. One register tile holds A outputs x V vectors of samples, across
+// all entries of a list:
+//
+//               samples: V vectors
+//             +------+------+------+
+//   output 0  | acc  | acc  | acc  |   for each entry, for each of its steps b:
+//   output 1  | acc  | acc  | acc  |     load V vectors of the panel's row
+//     ...     |      |      |      |     for each output: acc += broadcast(block[a][b]) * vectors
+//   output A-1  acc  | acc  | acc  |
+//             +------+------+------+
+//
+// Outputs leave through the opposite transposition, block by block. Against vectors along the
+// outputs this needs 11 loads for 24 multiply-adds where those need 26, whatever the block: blocks of
+// eight rows and one column run at the rate of 32 x 32 (docs/kernels.md).
+#pragma once
+
+#include "activation.h"
+#include "block_product.h"
+#include "transpose.h"
+
+namespace fastprune {
+namespace {
+
+#if defined(__AVX512F__)
+constexpr int kPanelOutputs = 8;  // 24 of 32 registers, and 4 for the panel and the broadcast
+#else
+constexpr int kPanelOutputs = 4;  // 12 of 16 registers, and 4
+#endif
+constexpr int kPanelVectors = 3;
+
+// Outputs [output, output + Outputs) of list `list`, for the whole width of the panel.
+// Not inlined: among its callers' variables GCC keeps accumulators in memory.
+// kUnitStride: weight.output_stride == 1, known to the compiler.
+template <class T, bool kUnitStride, int Outputs, int Vectors>
+__attribute__((noinline)) void multiply_panel_tile(const BlockLists<T>& weight, int64_t list,
+                                                   int64_t output, int64_t features,
+                                                   const T* panel, T* result) {
+  using V = Vec<T, kLanes<T>>;
+  constexpr int64_t kWidth = Vectors * kLanes<T>;
+  const int64_t output_stride = kUnitStride ? 1 : weight.output_stride;
+  const int64_t block_size = weight.outputs * weight.steps;
+  V acc[Outputs][Vectors] = {};
+  for (int64_t j = weight.offsets[list]; j < weight.offsets[list + 1]; ++j) {
+    const int64_t first = weight.sources[j] * weight.steps;
+    const int64_t remaining = features - first;
+    const int64_t steps = weight.steps < remaining ? weight.steps : remaining;
+    const int64_t block = weight.blocks ? weight.blocks[j] : j;
+    const T* w = weight.values + block * block_size + output * output_stride;
+    const T* x = panel + first * kWidth;
+    for (int64_t b = 0; b < steps; ++b, w += weight.step_stride, x += kWidth) {
+      // Weights past the second-level cache arrive in time; 16 or 64 steps do as well.
+      __builtin_prefetch(w + 32 * weight.step_stride);
+      V samples[Vectors];
+#pragma GCC unroll 3
+      for (int v = 0; v < Vectors; ++v) samples[v] = load<V>(x + v * kLanes<T>);
+#pragma GCC unroll 8
+      for (int a = 0; a < Outputs; ++a) {
+        const V value = broadcast<V>(w[a * output_stride]);
+#pragma GCC unroll 3
+        for (int v = 0; v < Vectors; ++v) acc[a][v] += value * samples[v];
+      }
+    }
+  }
+#pragma GCC unroll 8
+  for (int a = 0; a < Outputs; ++a) {
+#pragma GCC unroll 3
+    for (int v = 0; v < Vectors; ++v) store(result + a * kWidth + v * kLanes<T>, acc[a][v]);
+  }
+}
+
+// Outputs [output, outputs) of a list, in ever lower tiles: any number of outputs is covered.
+template <class T, bool kUnitStride, int Outputs, int Vectors>
+void multiply_panel(const BlockLists<T>& weight, int64_t list, int64_t output, int64_t outputs,
+                    int64_t features, const T* panel, T* result) {
+  constexpr int64_t kWidth = Vectors * kLanes<T>;
+  for (; output + Outputs <= outputs; output += Outputs) {
+    multiply_panel_tile<T, kUnitStride, Outputs, Vectors>(weight, list, output, features, panel,
+                                             result + output * kWidth);
+  }
+  if constexpr (Outputs > 1) {
+    if (output < outputs) {
+      multiply_panel<T, kUnitStride, Outputs / 2, Vectors>(weight, list, output, outputs, features, panel,
+                                              result);
+    }
+  }
+}
+
+// One group of samples, lists [first_list, last_list). args.input and args.output are the group's.
+template <class T, int Vectors>
+void multiply_group_of(const BlockProductArgs<T>& args, int64_t first_list, int64_t last_list,
+                       T* scratch) {
+  constexpr int64_t kWidth = Vectors * kLanes<T>;
+  const int64_t samples = args.input.rows, features = args.input.cols;
+  T* panel = scratch;
+  T* result = scratch + features * kWidth;
+  transpose(args.input.data, args.input.row_stride, samples, features, panel, kWidth);
+  // Lanes without a sample are computed and dropped; what they hold must not be slow to multiply.
+  for (int64_t i = 0; samples < kWidth && i < features; ++i) {
+    for (int64_t n = samples; n < kWidth; ++n) panel[i * kWidth + n] = T{};
+  }
+  for (int64_t list = first_list; list < last_list; ++list) {
+    const int64_t first_output = list * args.weight.outputs;
+    const int64_t remaining = args.output.cols - first_output;
+    const int64_t outputs = args.weight.outputs < remaining ? args.weight.outputs : remaining;
+    // The lines that the outputs go to are fetched while these are computed.
+    for (int64_t n = 0; n < samples; ++n) {
+      __builtin_prefetch(args.output.data + n * args.output.row_stride + first_output, 1);
+    }
+    const auto multiply = args.weight.output_stride == 1
+                              ? multiply_panel<T, true, kPanelOutputs, Vectors>
+                              : multiply_panel<T, false, kPanelOutputs, Vectors>;
+    multiply(args.weight, list, 0, outputs, features, panel, result);
+    if (args.bias != nullptr || args.activation != Activation::kNone) {
+      for (int64_t o = 0; o < outputs; ++o) {
+        using V = Vec<T, kLanes<T>>;
+        const V bias = broadcast<V>(args.bias ? args.bias[first_output + o] : T{});
+        for (int v = 0; v < Vectors; ++v) {
+          T* values = result + o * kWidth + v * kLanes<T>;
+          store(values, activate<T, kLanes<T>>(load<V>(values) + bias, args.activation));
+        }
+      }
+    }
+    transpose(result, kWidth, outputs, samples, args.output.data + first_output,
+              args.output.row_stride);
+  }
+}
+
+template <class T>
+void multiply_group(const BlockProductArgs<T>& args, int64_t vectors, int64_t first_list,
+                    int64_t last_list, T* scratch) {
+  static_assert(kPanelVectors == 3);
+  switch (vectors) {
+    case 1:
+      return multiply_group_of<T, 1>(args, first_list, last_list, scratch);
+    case 2:
+      return multiply_group_of<T, 2>(args, first_list, last_list, scratch);
+    default:
+      return multiply_group_of<T, 3>(args, first_list, last_list, scratch);
+  }
+}
+
+}  // namespace
+}  // namespace fastprune
