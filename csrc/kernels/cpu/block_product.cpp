@@ -53,7 +53,7 @@ BlockProductWork plan_block_product(const BlockProductArgs<T>& args, int64_t thr
   work.cost_per_unit = args.weight.offsets[args.weight.lists] + args.weight.lists;
   work.total = work.units * work.cost_per_unit;
   work.scratch_size =
-      work.transposed ? kPanelVectors * kVector * (args.input.cols + args.weight.outputs) : 0;
+      work.transposed ? kPanelVectors * kVector * (args.input.cols + kStoredOutputs<T>) : 0;
   return work;
 }
 
