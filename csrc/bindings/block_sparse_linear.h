@@ -17,9 +17,8 @@ inline Activation parse_activation(const char* op, const std::string& name) {
   if (name == "gelu") return Activation::kGelu;
   if (name == "gelu_tanh") return Activation::kGeluTanh;
   if (name == "silu") return Activation::kSilu;
-  throw_value_error(op,
-                    ": `activation` must be 'none', 'relu', 'gelu', 'gelu_tanh' or 'silu', got '",
-                    name, "'");
+  throw_value_error(
+      op, ": `activation` must be 'none', 'relu', 'gelu', 'gelu_tanh' or 'silu', got '", name, "'");
 }
 
 constexpr int64_t kLargestBlock = 128;

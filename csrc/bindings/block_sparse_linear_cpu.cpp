@@ -16,8 +16,7 @@ void multiply(const BlockProductArgs<T>& args) {
   if (args.input.rows == 0 || args.output.cols == 0) return;
   const auto& kernels = kernels_of<T>(cpu_kernels());
   const auto& weight = args.weight;
-  const BlockProductWork work =
-      kernels.plan_block_product(args, torch::stable::get_num_threads());
+  const BlockProductWork work = kernels.plan_block_product(args, torch::stable::get_num_threads());
   const int64_t multiply_adds =
       args.input.rows * weight.outputs * weight.steps * weight.offsets[weight.lists];
   parallel_kernel<T>(work.total, multiply_adds, work.scratch_size,
@@ -99,16 +98,16 @@ void run_input_gradient(const Tensor& grad_output, const Tensor& packed_values,
                     /*output_stride=*/rows,
                     /*step_stride=*/1};
   product.bias = nullptr;
-  product.output = {static_cast<T*>(grad_input.mutable_data_ptr()), product.input.rows,
-                    in_features, in_features};
+  product.output = {static_cast<T*>(grad_input.mutable_data_ptr()), product.input.rows, in_features,
+                    in_features};
   product.activation = Activation::kNone;
   multiply(product);
 }
 
 Tensor block_sparse_linear_input_gradient_cpu(const Tensor& grad_output,
                                               const Tensor& packed_values,
-                                              const Tensor& crow_indices,
-                                              const Tensor& col_indices, int64_t in_features) {
+                                              const Tensor& crow_indices, const Tensor& col_indices,
+                                              int64_t in_features) {
   check_has_features(kInputGradientOp, "grad_output", grad_output);
   check_weight(kInputGradientOp, grad_output, packed_values, crow_indices, col_indices);
   check_feature_count(kInputGradientOp, "in_features", in_features);
@@ -118,8 +117,7 @@ Tensor block_sparse_linear_input_gradient_cpu(const Tensor& grad_output,
   const Tensor values = as_contiguous(packed_values);
   const Tensor crow = as_contiguous(crow_indices);
   const Tensor col = as_contiguous(col_indices);
-  const Tensor grad_input =
-      empty_tensor(grad_output, with_features(grad_output, in_features));
+  const Tensor grad_input = empty_tensor(grad_output, with_features(grad_output, in_features));
   switch (grad_output.scalar_type()) {
     case ScalarType::Float:
       run_input_gradient<float>(matrix, values, crow, col, grad_input);

@@ -17,9 +17,8 @@ template <class T, class Kernel>
 void parallel_kernel(int64_t total, int64_t multiply_adds, int64_t scratch_size,
                      const Kernel& kernel) {
   if (total == 0) return;
-  const int64_t grain = multiply_adds > kWorthAThread
-                            ? (total - 1) / (multiply_adds / kWorthAThread) + 1
-                            : total;
+  const int64_t grain =
+      multiply_adds > kWorthAThread ? (total - 1) / (multiply_adds / kWorthAThread) + 1 : total;
   torch::stable::parallel_for(0, total, grain, [&](int64_t begin, int64_t end) {
     // Kept between calls: fresh pages cost more than the work on them.
     thread_local std::vector<T> scratch;

@@ -17,15 +17,15 @@ namespace fastprune {
 
 using torch::stable::Tensor;
 
-// The tensor itself where it is contiguous: torch::stable::contiguous looks an op up by its name each
-// time, which costs more than a small product.
+// The tensor itself where it is contiguous: torch::stable::contiguous looks an op up by its name
+// each time, which costs more than a small product.
 inline Tensor as_contiguous(const Tensor& tensor) {
   return tensor.is_contiguous() ? tensor : torch::stable::contiguous(tensor);
 }
 
 // Asks for huge pages for memory that is about to be written for the first time. From 32 MiB on
-// malloc maps fresh pages for every tensor, and faulting them in one by one took as long as a product
-// with a tenth of the weights (33 MiB: 14 ms, with huge pages 3.6 ms).
+// malloc maps fresh pages for every tensor, and faulting them in one by one took as long as a
+// product with a tenth of the weights (33 MiB: 14 ms, with huge pages 3.6 ms).
 inline void advise_huge_pages(const Tensor& tensor) {
 #if defined(__linux__)
   constexpr uintptr_t kPage = 4096;

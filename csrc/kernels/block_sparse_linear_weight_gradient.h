@@ -5,7 +5,8 @@
 //
 // input       [samples, in_features], rows may be strided
 // grad_output [samples, out_features], rows may be strided
-// grad_values [kept][cols][rows], must not alias an argument; padded rows and columns are set to zero
+// grad_values [kept][cols][rows], must not alias an argument; padded rows and columns are set to
+// zero
 //
 // Sums accumulate in T, in the order of the samples, so the bits do not depend on the number of
 // threads.

@@ -6,17 +6,17 @@
 // Forward: a list is a block row, a step is a column of a block. Input gradient: a list is a block
 // column, a step is a row, and the input is the gradient of the output.
 //
-// Sums accumulate in T, in the order of the entries, one fused multiply-add for each step (baseline:
-// a product and an addition), so the bits depend neither on the number of threads nor on the other
-// samples nor on the kernel chosen.
+// Sums accumulate in T, in the order of the entries, one fused multiply-add for each step
+// (baseline: a product and an addition), so the bits depend neither on the number of threads nor on
+// the other samples nor on the kernel chosen.
 #pragma once
 
 #include "../types.h"
 
 namespace fastprune {
 
-// The lists of blocks; `block_j[a][b]` is values[blocks[j] * outputs * steps + a * output_stride + b *
-// step_stride].
+// The lists of blocks; `block_j[a][b]` is values[blocks[j] * outputs * steps + a * output_stride +
+// b * step_stride].
 template <class T>
 struct BlockLists {
   const T* values;
@@ -43,11 +43,11 @@ struct BlockProductArgs {
 // A list costs its entries plus one, times the group's width, so that equal ranges of positions are
 // equal work whatever the pattern.
 struct BlockProductWork {
-  int64_t units;           // samples, or vectors of samples where `transposed`
-  int64_t groups;          // group g has units [g * units / groups, (g + 1) * units / groups)
-  int64_t cost_per_unit;   // entries + lists
-  int64_t total;           // positions: units * cost_per_unit
-  int64_t scratch_size;    // elements that each thread needs
+  int64_t units;          // samples, or vectors of samples where `transposed`
+  int64_t groups;         // group g has units [g * units / groups, (g + 1) * units / groups)
+  int64_t cost_per_unit;  // entries + lists
+  int64_t total;          // positions: units * cost_per_unit
+  int64_t scratch_size;   // elements that each thread needs
   bool transposed;
 };
 

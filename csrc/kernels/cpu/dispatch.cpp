@@ -7,30 +7,30 @@
 namespace fastprune {
 
 // Each kernel file is compiled once per instruction set, into a namespace of that name.
-#define FASTPRUNE_DECLARE_KERNELS(isa)                                                             \
-  namespace isa {                                                                                  \
-  template <class T>                                                                               \
-  BlockProductWork plan_block_product(const BlockProductArgs<T>&, int64_t);                        \
-  template <class T>                                                                               \
-  void block_product(const BlockProductArgs<T>&, const BlockProductWork&, int64_t, int64_t, T*);   \
-  template <class T>                                                                               \
-  BlockSparseLinearWeightGradientWork plan_block_sparse_linear_weight_gradient(                    \
-      const BlockSparseLinearWeightGradientArgs<T>&);                                              \
-  template <class T>                                                                               \
-  void block_sparse_linear_weight_gradient(const BlockSparseLinearWeightGradientArgs<T>&,          \
-                                           const BlockSparseLinearWeightGradientWork&, int64_t,    \
-                                           int64_t, T*);                                           \
-  template <class T>                                                                               \
-  void ablated_cross_entropy_prepare(const AblatedCrossEntropyArgs<T>&, int64_t, int64_t);         \
-  template <class T>                                                                               \
-  void ablated_cross_entropy(const AblatedCrossEntropyArgs<T>&, int64_t, int64_t);                 \
-  template <class T>                                                                               \
-  constexpr CpuKernelsOf<T> kTable = {plan_block_product<T>,                                       \
-                                      block_product<T>,                                            \
-                                      plan_block_sparse_linear_weight_gradient<T>,                 \
-                                      block_sparse_linear_weight_gradient<T>,                      \
-                                      ablated_cross_entropy_prepare<T>,                            \
-                                      ablated_cross_entropy<T>};                                   \
+#define FASTPRUNE_DECLARE_KERNELS(isa)                                                           \
+  namespace isa {                                                                                \
+  template <class T>                                                                             \
+  BlockProductWork plan_block_product(const BlockProductArgs<T>&, int64_t);                      \
+  template <class T>                                                                             \
+  void block_product(const BlockProductArgs<T>&, const BlockProductWork&, int64_t, int64_t, T*); \
+  template <class T>                                                                             \
+  BlockSparseLinearWeightGradientWork plan_block_sparse_linear_weight_gradient(                  \
+      const BlockSparseLinearWeightGradientArgs<T>&);                                            \
+  template <class T>                                                                             \
+  void block_sparse_linear_weight_gradient(const BlockSparseLinearWeightGradientArgs<T>&,        \
+                                           const BlockSparseLinearWeightGradientWork&, int64_t,  \
+                                           int64_t, T*);                                         \
+  template <class T>                                                                             \
+  void ablated_cross_entropy_prepare(const AblatedCrossEntropyArgs<T>&, int64_t, int64_t);       \
+  template <class T>                                                                             \
+  void ablated_cross_entropy(const AblatedCrossEntropyArgs<T>&, int64_t, int64_t);               \
+  template <class T>                                                                             \
+  constexpr CpuKernelsOf<T> kTable = {plan_block_product<T>,                                     \
+                                      block_product<T>,                                          \
+                                      plan_block_sparse_linear_weight_gradient<T>,               \
+                                      block_sparse_linear_weight_gradient<T>,                    \
+                                      ablated_cross_entropy_prepare<T>,                          \
+                                      ablated_cross_entropy<T>};                                 \
   }
 
 FASTPRUNE_DECLARE_KERNELS(baseline)

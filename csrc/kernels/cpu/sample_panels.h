@@ -1,8 +1,8 @@
 // block_product with vectors along the samples.
 //
-// A group of up to kPanelVectors vectors of samples is transposed into a panel, [features][width], that
-// stays in the second-level cache. One register tile holds A outputs x V vectors of samples, across
-// all entries of a list:
+// A group of up to kPanelVectors vectors of samples is transposed into a panel, [features][width],
+// that stays in the second-level cache. One register tile holds A outputs x V vectors of samples,
+// across all entries of a list:
 //
 //               samples: V vectors
 //             +------+------+------+
@@ -13,8 +13,8 @@
 //             +------+------+------+
 //
 // Outputs leave through the opposite transposition, block by block. Against vectors along the
-// outputs this needs 11 loads for 24 multiply-adds where those need 26, whatever the block: blocks of
-// eight rows and one column run at the rate of 32 x 32 (docs/kernels.md).
+// outputs this needs 11 loads for 24 multiply-adds where those need 26, whatever the block: blocks
+// of eight rows and one column run at the rate of 32 x 32 (docs/kernels.md).
 #pragma once
 
 #include "activation.h"
@@ -36,23 +36,31 @@ constexpr int kPanelVectors = 3;
 // kUnitStride: weight.output_stride == 1, known to the compiler.
 template <class T, bool kUnitStride, int Outputs, int Vectors>
 __attribute__((noinline)) void multiply_panel_tile(const BlockLists<T>& weight, int64_t list,
-                                                   int64_t output, int64_t features,
-                                                   const T* panel, T* result) {
+                                                   int64_t output, int64_t features, const T* panel,
+                                                   T* result) {
   using V = Vec<T, kLanes<T>>;
   constexpr int64_t kWidth = Vectors * kLanes<T>;
   const int64_t output_stride = kUnitStride ? 1 : weight.output_stride;
   const int64_t block_size = weight.outputs * weight.steps;
   V acc[Outputs][Vectors] = {};
-  for (int64_t j = weight.offsets[list]; j < weight.offsets[list + 1]; ++j) {
+  const int64_t last = weight.offsets[list + 1];
+  for (int64_t j = weight.offsets[list]; j < last; ++j) {
     const int64_t first = weight.sources[j] * weight.steps;
     const int64_t remaining = features - first;
     const int64_t steps = weight.steps < remaining ? weight.steps : remaining;
     const int64_t block = weight.blocks ? weight.blocks[j] : j;
     const T* w = weight.values + block * block_size + output * output_stride;
     const T* x = panel + first * kWidth;
+    if constexpr (!kUnitStride) {
+      // The next block lies anywhere: its first lines are fetched meanwhile.
+      const int64_t next = weight.blocks && j + 1 < last ? weight.blocks[j + 1] : block;
+      const T* lines = weight.values + next * block_size + output * output_stride;
+#pragma GCC unroll 8
+      for (int a = 0; a < Outputs; ++a) __builtin_prefetch(lines + a * output_stride);
+    }
     for (int64_t b = 0; b < steps; ++b, w += weight.step_stride, x += kWidth) {
       // Weights past the second-level cache arrive in time; 16 or 64 steps do as well.
-      __builtin_prefetch(w + 32 * weight.step_stride);
+      if constexpr (kUnitStride) __builtin_prefetch(w + 32 * weight.step_stride);
       V samples[Vectors];
 #pragma GCC unroll 3
       for (int v = 0; v < Vectors; ++v) samples[v] = load<V>(x + v * kLanes<T>);
@@ -71,8 +79,8 @@ __attribute__((noinline)) void multiply_panel_tile(const BlockLists<T>& weight, 
   }
 }
 
-// Outputs [output, end) of a list into consecutive rows of `result`, in ever lower tiles: any number
-// of outputs is covered.
+// Outputs [output, end) of a list into consecutive rows of `result`, in ever lower tiles: any
+// number of outputs is covered.
 template <class T, bool kUnitStride, int Outputs, int Vectors>
 void multiply_panel(const BlockLists<T>& weight, int64_t list, int64_t output, int64_t end,
                     int64_t features, const T* panel, T* result) {
