@@ -34,11 +34,12 @@ struct PanelColumns {
   int64_t step;            // from one sample to the next
 };
 
-// One tile of samples of one block row.
+// One tile of samples of one block row. The gradients are cut into panels of one vector of rows,
+// the last narrower: row r of sample n is at grads[r / L * L * samples + n * width + r % L].
 template <class T>
 struct RowTile {
   PanelColumns<T> inputs;
-  const T* grads;  // [samples][rows]
+  const T* grads;
   int64_t rows;
   int64_t samples;
   bool first;  // nothing is in grad_values yet
@@ -57,13 +58,15 @@ __attribute__((noinline)) void add_products(const RowTile<T>& tile, int64_t colu
     x[i] = tile.inputs.panels + tile.inputs.offsets[index / Run] + index % Run;
   }
   const int64_t step = tile.inputs.step, rows = tile.rows, samples = tile.samples;
-  const T* grads = tile.grads + row;
+  const int64_t panel_row = row - row % kLanes<T>;
+  const int64_t width = rows - panel_row < kLanes<T> ? rows - panel_row : kLanes<T>;
+  const T* grads = tile.grads + panel_row * samples + row % kLanes<T>;
   V acc[Columns] = {};
   if (!tile.first) {
 #pragma GCC unroll 8
     for (int c = 0; c < Columns; ++c) acc[c] = load<V>(target + c * rows);
   }
-  for (int64_t n = 0, offset = 0; n < samples; ++n, offset += step, grads += rows) {
+  for (int64_t n = 0, offset = 0; n < samples; ++n, offset += step, grads += width) {
     const V values = load<V>(grads);
 #pragma GCC unroll 8
     for (int c = 0; c < Columns; ++c) {
@@ -144,12 +147,6 @@ BlockSparseLinearWeightGradientWork plan_block_sparse_linear_weight_gradient(
   const int64_t padded_features = (args.input.cols + args.cols - 1) / args.cols * args.cols;
   int64_t samples = kPanelBytes / static_cast<int64_t>(sizeof(T)) / (padded_features + 1);
   if (samples < 64) samples = 64;
-  // A block's two panels fill half of a first-level cache of 32 KiB.
-  constexpr int64_t kBlockBytes = 16 * 1024;
-  const int64_t block_samples =
-      kBlockBytes / static_cast<int64_t>(sizeof(T)) / (args.rows + args.cols);
-  if (samples > block_samples) samples = block_samples;
-  if (samples < 16) samples = 16;
   if (samples > 128) samples = 128;
   if (samples > args.input.rows) samples = args.input.rows;
   BlockSparseLinearWeightGradientWork work;
@@ -165,6 +162,9 @@ void block_sparse_linear_weight_gradient(const BlockSparseLinearWeightGradientAr
                                          int64_t begin, int64_t end, T* scratch) {
   const int64_t block_cols = (args.input.cols + args.cols - 1) / args.cols;
   const int64_t run = args.cols % kRun == 0 ? kRun : 1;
+  // A panel no wider than a cache line holds what 16 columns read, and nothing else.
+  constexpr int64_t kLine = 64 / sizeof(T);
+  const int64_t panel_cols = args.cols % kLine == 0 ? kLine : args.cols;
   auto* offsets = reinterpret_cast<int64_t*>(scratch);
   T* grads = scratch + offsets_size<T>(block_cols * args.cols);
   T* panels = grads + work.samples_per_tile * args.rows;
@@ -174,14 +174,12 @@ void block_sparse_linear_weight_gradient(const BlockSparseLinearWeightGradientAr
   for (int64_t sample = 0; sample < args.input.rows; sample += work.samples_per_tile) {
     const int64_t remaining = args.input.rows - sample;
     const int64_t samples = work.samples_per_tile < remaining ? work.samples_per_tile : remaining;
-    const int64_t panel_stride = samples * args.cols;
     if (args.cols == 1) {
       transpose(args.input.data + sample * args.input.row_stride, args.input.row_stride, samples,
                 args.input.cols, panels, samples);
     } else {
-      for (int64_t c = 0; c < block_cols; ++c) {
-        copy_panel(args.input, sample, samples, c * args.cols, args.cols,
-                   panels + c * panel_stride);
+      for (int64_t c = 0; c < block_cols * args.cols; c += panel_cols) {
+        copy_panel(args.input, sample, samples, c, panel_cols, panels + c * samples);
       }
     }
     for (int64_t row = first_row; row < args.block_rows && args.crow_indices[row] < end; ++row) {
@@ -191,12 +189,17 @@ void block_sparse_linear_weight_gradient(const BlockSparseLinearWeightGradientAr
       int64_t runs = 0;
       for (int64_t k = first; k < last; ++k) {
         for (int64_t c = 0; c < args.cols; c += run) {
-          offsets[runs++] = args.col_indices[k] * panel_stride + c;
+          const int64_t column = args.col_indices[k] * args.cols + c;
+          offsets[runs++] = (column - column % panel_cols) * samples + column % panel_cols;
         }
       }
-      copy_panel(args.grad_output, sample, samples, row * args.rows, args.rows, grads);
+      for (int64_t r = 0; r < args.rows; r += kLanes<T>) {
+        const int64_t width = args.rows - r < kLanes<T> ? args.rows - r : kLanes<T>;
+        copy_panel(args.grad_output, sample, samples, row * args.rows + r, width,
+                   grads + r * samples);
+      }
       const RowTile<T> tile = {
-          {panels, offsets, args.cols}, grads, args.rows, samples, sample == 0};
+          {panels, offsets, panel_cols}, grads, args.rows, samples, sample == 0};
       const auto add = run == kRun ? add_rows<T, kRun> : add_rows<T, 1>;
       add(tile, (last - first) * args.cols, 0, args.grad_values + first * args.cols * args.rows);
     }
