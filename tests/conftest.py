@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 import torch
 
-from fastprune.modules import convert
+import fastprune as fp
+from fastprune.modules import choice, clear_layer_seconds, convert
 
 hypothesis.settings.register_profile(
     "fastprune",
@@ -28,6 +29,12 @@ def _seeded():
     torch.manual_seed(0)
 
 
+@pytest.fixture(autouse=True)
+def _unmeasured():
+    """No test sees the layer times of another."""
+    clear_layer_seconds()
+
+
 @pytest.fixture
 def one_thread():
     """Nets of ten neurons spend their time waiting for threads; for files that test no kernel."""
@@ -38,8 +45,25 @@ def one_thread():
 
 
 @pytest.fixture
-def sparse_is_faster(monkeypatch):
+def fake_medians(monkeypatch):
+    """Puts a function in the place of `interleaved_medians` wherever sparsify_ measures."""
+
+    def put(fake):
+        for module in (choice, convert):
+            monkeypatch.setattr(module, "interleaved_medians", fake)
+
+    return put
+
+
+@pytest.fixture
+def sparse_is_faster(fake_medians):
     """No time is measured: every masked layer that can be converted is."""
-    monkeypatch.setattr(
-        convert, "interleaved_medians", lambda functions, **options: [2.0, 1.0][: len(functions)]
-    )
+    fake_medians(lambda functions, **options: [2.0, 1.0][: len(functions)])
+
+
+@pytest.fixture(params=fp.supported_cpu_isas())
+def isa(request: pytest.FixtureRequest):
+    fp.set_cpu_isa(request.param)
+    assert fp.cpu_isa() == request.param
+    yield request.param
+    fp.set_cpu_isa("")

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
+import pickle
 
 import hypothesis
 import hypothesis.strategies as st
@@ -225,3 +227,23 @@ def test_torch_bsr_needs_dimensions_that_divide():
 def test_from_torch_bsr_takes_nothing_else(make):
     with pytest.raises(ValueError, match=r"`matrix` must be a 2-D torch\.sparse_bsr tensor"):
         fp.BlockSparseTensor.from_torch_bsr(make(torch.ones(4, 4)))
+
+
+def test_copies_and_files_hold_the_same_matrix(tmp_path):
+    sparse = fp.BlockSparseTensor.from_dense(torch.randn(17, 9), (4, 4), torch.rand(5, 3) < 0.5)
+    path = tmp_path / "sparse.pt"
+    torch.save({"weight": sparse}, path)
+    duplicate = copy.deepcopy(sparse)
+    for other in (duplicate, pickle.loads(pickle.dumps(sparse)), torch.load(path)["weight"]):
+        assert torch.equal(other.to_dense(), sparse.to_dense())
+        assert other.blocksize == sparse.blocksize
+    duplicate.packed_values.zero_()
+    assert bool((sparse.to_dense() != 0).any())
+
+
+def test_a_file_with_a_broken_structure_is_refused(tmp_path):
+    sparse = fp.BlockSparseTensor.from_dense(torch.ones(8, 8), (4, 4))
+    sparse.col_indices = torch.tensor([0, 7, 0, 1], dtype=torch.int32)
+    torch.save(sparse, tmp_path / "sparse.pt")
+    with pytest.raises(ValueError, match="`col_indices` must lie in"):
+        torch.load(tmp_path / "sparse.pt")

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 import fastprune as fp
-from fastprune.modules import convert, linear
+from fastprune.modules import clear_layer_seconds, convert, linear
 from fastprune.modules.convert import swap_modules
 from helpers import Snapshot, masked_mlp, mlp
 from networks import SharedLayer, SigmoidLinear, SmallConvNet, TwoInputs, WritesIntoInput
@@ -42,7 +42,7 @@ def kernel_calls(monkeypatch):
 
 
 @pytest.fixture
-def timings(monkeypatch):
+def timings(fake_medians):
     """Times that the tests choose: of a dense and a sparse layer, and of the whole model either way."""
     chosen = {"layer": [2.0, 1.0], "model": [1.0, 1.0]}
     alternating = []
@@ -55,7 +55,7 @@ def timings(monkeypatch):
         alternating.append(1)
         return [chosen["model"][(len(alternating) - 1) % 2]]
 
-    monkeypatch.setattr(convert, "interleaved_medians", fake)
+    fake_medians(fake)
     return chosen
 
 
@@ -78,6 +78,7 @@ def test_a_layer_is_swapped_only_where_sparse_is_measured_faster(timings):
     assert isinstance(fast[0], fp.BlockSparseLinear)
     assert "measured faster" in fp.explain(fast)
     assert "2.00x" in fp.explain(fast)
+    clear_layer_seconds()
     timings["layer"] = [1.0, 1.0]
     fp.sparsify_(slow, example_inputs=x, blocksize=(4, 4))
     assert type(slow[0]) is type(slow[2]) is nn.Linear
@@ -331,7 +332,7 @@ def test_inputs_that_the_model_refuses_leave_it_as_it_was():
 
 
 @pytest.mark.parametrize("fails_at", [1, 2, 3, 4, 7])
-def test_an_interrupt_while_measuring_leaves_the_model_as_it_was(monkeypatch, fails_at):
+def test_an_interrupt_while_measuring_leaves_the_model_as_it_was(fake_medians, fails_at):
     calls = []
 
     def interrupted(functions, **options):
@@ -340,7 +341,7 @@ def test_an_interrupt_while_measuring_leaves_the_model_as_it_was(monkeypatch, fa
             raise KeyboardInterrupt
         return [2.0, 1.0][: len(functions)]
 
-    monkeypatch.setattr(convert, "interleaved_medians", interrupted)
+    fake_medians(interrupted)
     model = mask(_Encoder(), include=["*.0.linear1", "*.1.linear1"]).eval()
     snapshot = Snapshot(model)
     with pytest.raises(KeyboardInterrupt):

@@ -21,7 +21,7 @@ ORDER = (
     "_registration", "ops",
     "granularity", "layers", "batches", "timing", "masks", "block_sparse", "graph",
     "importance.criteria", "importance.scores", "importance.loss_delta", "importance.scoring", "importance",
-    "modules.linear", "modules.convert", "modules",
+    "modules.linear", "modules.choice", "modules.convert", "modules",
     "metrics", "distillation", "serialization",
     "compress", "demo", "cli",
     "", "__main__",

@@ -42,6 +42,10 @@ def test_a_converted_model_compiles_whole(layers, grad):
     input = torch.randn(7, 65)
     with torch.set_grad_enabled(grad):
         torch.testing.assert_close(compiled(input), model(input))
+    if grad:
+        expected = torch.autograd.grad(model(input).square().sum(), list(model.parameters()))
+        found = torch.autograd.grad(compiled(input).square().sum(), list(model.parameters()))
+        torch.testing.assert_close(found, expected)
 
 
 def test_a_converted_model_exports(layers):

@@ -1,6 +1,7 @@
 #include <torch/csrc/stable/library.h>
 
 #include "../kernels/cpu/dispatch.h"
+#include "../kernels/transposed_structure.h"
 #include "block_sparse_linear.h"
 #include "block_structure.h"
 #include "parallel_kernel.h"

@@ -19,6 +19,46 @@ def _check(condition: bool, message: str) -> None:
         raise ValueError(message)
 
 
+def _check_floating(op: str, name: str, tensor: Tensor) -> None:
+    dtypes = (torch.float32,) if tensor.is_cuda else (torch.float32, torch.float64)
+    _check(tensor.dtype in dtypes, f"{op}: `{name}` must have dtype float32 or float64, got {tensor.dtype}")
+    _check(tensor.dim() >= 1, f"{op}: `{name}` must have at least 1 dimension, got 0")
+
+
+def _check_like(op: str, like: Tensor, **tensors: Tensor | None) -> None:
+    """Check that tensors have the device and the dtype of another."""
+    for name, tensor in tensors.items():
+        if tensor is not None:
+            _check(
+                tensor.device == like.device, f"{op}: `{name}` must be on {like.device}, got {tensor.device}"
+            )
+            _check(
+                tensor.dtype == like.dtype, f"{op}: `{name}` must have dtype {like.dtype}, got {tensor.dtype}"
+            )
+
+
+def _check_indices(op: str, like: Tensor, block_rows: int, crow_indices: Tensor, col_indices: Tensor) -> None:
+    for name, tensor in (("crow_indices", crow_indices), ("col_indices", col_indices)):
+        _check(tensor.device == like.device, f"{op}: `{name}` must be on {like.device}, got {tensor.device}")
+        _check(tensor.dtype == torch.int32, f"{op}: `{name}` must have dtype torch.int32, got {tensor.dtype}")
+        _check(tensor.dim() == 1, f"{op}: `{name}` must have 1 dimension, got {tensor.dim()}")
+    _check(
+        crow_indices.shape[0] == block_rows + 1,
+        f"{op}: `crow_indices` must have size {block_rows + 1}, got {list(crow_indices.shape)}",
+    )
+
+
+def _check_blocks(op: str, packed_values: Tensor) -> None:
+    _check(
+        packed_values.dim() == 3,
+        f"{op}: `packed_values` must have 3 dimensions, got {list(packed_values.shape)}",
+    )
+    _check(
+        1 <= packed_values.shape[1] <= 128 and 1 <= packed_values.shape[2] <= 128,
+        f"{op}: `packed_values` must have cols and rows from 1 to 128, got {list(packed_values.shape)}",
+    )
+
+
 def _block_sparse_linear_fake(
     input: Tensor,
     packed_values: Tensor,
@@ -29,38 +69,12 @@ def _block_sparse_linear_fake(
     activation: str,
 ) -> Tensor:
     op = "block_sparse_linear"
-    _check(activation in ("none", "relu"), f"{op}: `activation` must be 'none' or 'relu', got '{activation}'")
-    dtypes = (torch.float32,) if input.is_cuda else (torch.float32, torch.float64)
-    _check(input.dtype in dtypes, f"{op}: `input` must have dtype float32 or float64, got {input.dtype}")
-    _check(input.dim() >= 1, f"{op}: `input` must have at least 1 dimension, got 0")
-    _check(
-        packed_values.dim() == 3,
-        f"{op}: `packed_values` must have 3 dimensions, got {list(packed_values.shape)}",
-    )
-    tensors = {"packed_values": packed_values, "crow_indices": crow_indices, "col_indices": col_indices}
-    for name, tensor in (*tensors.items(), ("bias", bias)):
-        _check(
-            tensor is None or tensor.device == input.device,
-            f"{op}: `{name}` must be on {input.device}, got {getattr(tensor, 'device', None)}",
-        )
-    for name, tensor in (("packed_values", packed_values), ("bias", bias)):
-        _check(
-            tensor is None or tensor.dtype == input.dtype,
-            f"{op}: `{name}` must have dtype {input.dtype}, got {getattr(tensor, 'dtype', None)}",
-        )
-    for name, tensor in (("crow_indices", crow_indices), ("col_indices", col_indices)):
-        _check(tensor.dtype == torch.int32, f"{op}: `{name}` must have dtype torch.int32, got {tensor.dtype}")
-    for name, tensor in (("crow_indices", crow_indices), ("col_indices", col_indices)):
-        _check(tensor.dim() == 1, f"{op}: `{name}` must have 1 dimension, got {tensor.dim()}")
-    _check(
-        1 <= packed_values.shape[1] <= 128 and 1 <= packed_values.shape[2] <= 128,
-        f"{op}: `packed_values` must have cols and rows from 1 to 128, got {list(packed_values.shape)}",
-    )
-    block_rows = -(-out_features // packed_values.shape[2])
-    _check(
-        crow_indices.shape[0] == block_rows + 1,
-        f"{op}: `crow_indices` must have size {block_rows + 1}, got {list(crow_indices.shape)}",
-    )
+    activations = ("none", *reference.ACTIVATIONS)
+    _check(activation in activations, f"{op}: `activation` must be one of {activations}, got '{activation}'")
+    _check_floating(op, "input", input)
+    _check_blocks(op, packed_values)
+    _check_like(op, input, packed_values=packed_values, bias=bias)
+    _check_indices(op, input, -(-out_features // packed_values.shape[2]), crow_indices, col_indices)
     _check(
         bias is None or tuple(bias.shape) == (out_features,),
         f"{op}: `bias` must have shape [{out_features}], got {getattr(bias, 'shape', None)}",
@@ -68,51 +82,131 @@ def _block_sparse_linear_fake(
     return input.new_empty((*input.shape[:-1], out_features))
 
 
+def _block_sparse_linear_input_gradient_fake(
+    grad_output: Tensor, packed_values: Tensor, crow_indices: Tensor, col_indices: Tensor, in_features: int
+) -> Tensor:
+    op = "block_sparse_linear_input_gradient"
+    _check_floating(op, "grad_output", grad_output)
+    _check_blocks(op, packed_values)
+    _check_like(op, grad_output, packed_values=packed_values)
+    block_rows = -(-grad_output.shape[-1] // packed_values.shape[2])
+    _check_indices(op, grad_output, block_rows, crow_indices, col_indices)
+    return grad_output.new_empty((*grad_output.shape[:-1], in_features))
+
+
+def _block_sparse_linear_weight_gradient_fake(
+    grad_output: Tensor, input: Tensor, crow_indices: Tensor, col_indices: Tensor, rows: int, cols: int
+) -> Tensor:
+    op = "block_sparse_linear_weight_gradient"
+    _check_floating(op, "grad_output", grad_output)
+    _check_like(op, grad_output, input=input)
+    _check(
+        input.shape[:-1] == grad_output.shape[:-1],
+        f"{op}: `input` must have the samples of `grad_output`, {list(grad_output.shape)}, "
+        f"got {list(input.shape)}",
+    )
+    _check(
+        1 <= rows <= 128 and 1 <= cols <= 128,
+        f"{op}: `rows` and `cols` must be from 1 to 128, got {rows} and {cols}",
+    )
+    _check_indices(op, grad_output, -(-grad_output.shape[-1] // rows), crow_indices, col_indices)
+    return grad_output.new_empty((col_indices.shape[0], cols, rows))
+
+
+# The three ops are each other's gradients: y = x W^T, dx = dy W and dW = dy^T x in the kept blocks are linear
+# in both of their tensors. On CUDA, where only the first has a kernel, the twins stand in for the others.
+
+
+def _product(input: Tensor, packed_values: Tensor, structure: tuple, out_features: int) -> Tensor:
+    return _ops.block_sparse_linear(input, packed_values, *structure, None, out_features, "none")
+
+
+def _input_gradient(grad_output: Tensor, packed_values: Tensor, structure: tuple, in_features: int) -> Tensor:
+    if grad_output.is_cuda:
+        return reference.block_sparse_linear_input_gradient(
+            grad_output, packed_values, *structure, in_features=in_features
+        )
+    return _ops.block_sparse_linear_input_gradient(grad_output, packed_values, *structure, in_features)
+
+
+def _weight_gradient(
+    grad_output: Tensor, input: Tensor, structure: tuple, blocksize: tuple[int, int]
+) -> Tensor:
+    if grad_output.is_cuda:
+        return reference.block_sparse_linear_weight_gradient(
+            grad_output, input, *structure, blocksize=blocksize
+        )
+    return _ops.block_sparse_linear_weight_gradient(grad_output, input, *structure, *blocksize)
+
+
+def _blocksize(packed_values: Tensor) -> tuple[int, int]:
+    return packed_values.shape[2], packed_values.shape[1]
+
+
 def _block_sparse_linear_setup(ctx: Any, inputs: tuple, output: Tensor) -> None:
     input, packed_values, crow_indices, col_indices, bias, out_features, activation = inputs
     ctx.save_for_backward(
-        input, packed_values, crow_indices, col_indices, output if activation == "relu" else None
+        input,
+        packed_values,
+        crow_indices,
+        col_indices,
+        output if activation == "relu" else None,
+        bias if activation not in ("none", "relu") else None,
     )
+    ctx.activation = activation
     ctx.out_features = out_features
     ctx.has_bias = bias is not None
 
 
 def _block_sparse_linear_backward(ctx: Any, grad: Tensor) -> tuple:
-    input, packed_values, crow_indices, col_indices, output = ctx.saved_tensors
-    if output is not None:
+    input, packed_values, *structure, output, bias = ctx.saved_tensors
+    if ctx.activation == "relu":
         grad = torch.where(output <= 0, 0.0, grad)  # NaN passes, as in torch's relu
-    flat_grad = grad.reshape(-1, ctx.out_features)
+    elif ctx.activation != "none":
+        # What went into the activation is computed anew rather than kept.
+        before = _product(input, packed_values, tuple(structure), ctx.out_features)
+        before = before if bias is None else before + bias
+        if ctx.activation == "silu":
+            grad = torch.ops.aten.silu_backward(grad, before)
+        else:
+            approximate = "tanh" if ctx.activation == "gelu_tanh" else "none"
+            grad = torch.ops.aten.gelu_backward(grad, before, approximate=approximate)
     grad_input = grad_values = grad_bias = None
     if ctx.needs_input_grad[0]:
-        weight = reference.dense_weight(
-            packed_values,
-            crow_indices,
-            col_indices,
-            out_features=ctx.out_features,
-            in_features=input.shape[-1],
-        )
-        grad_input = (flat_grad @ weight).view(input.shape)
+        grad_input = _input_gradient(grad, packed_values, tuple(structure), input.shape[-1])
     if ctx.needs_input_grad[1]:
-        dense = flat_grad.T @ input.reshape(-1, input.shape[-1])
-        grad_values = _gather_blocks(dense, packed_values, crow_indices, col_indices)
+        grad_values = _weight_gradient(grad, input, tuple(structure), _blocksize(packed_values))
     if ctx.has_bias and ctx.needs_input_grad[4]:
-        grad_bias = flat_grad.sum(0)
+        grad_bias = grad.reshape(-1, ctx.out_features).sum(0)
     return grad_input, grad_values, None, None, grad_bias, None, None
 
 
-def _gather_blocks(dense: Tensor, packed_values: Tensor, crow_indices: Tensor, col_indices: Tensor) -> Tensor:
-    """Return the kept blocks of a dense matrix, packed."""
-    kept, cols, rows = packed_values.shape
-    block_rows = crow_indices.numel() - 1
-    block_cols = -(-dense.shape[1] // cols)
-    padding = (0, block_cols * cols - dense.shape[1], 0, block_rows * rows - dense.shape[0])
-    blocks = torch.nn.functional.pad(dense, padding).view(block_rows, rows, block_cols, cols)
-    row_indices = torch.repeat_interleave(
-        torch.arange(block_rows, device=dense.device),
-        (crow_indices[1:] - crow_indices[:-1]).long(),
-        output_size=kept,
-    )
-    return blocks.permute(0, 2, 3, 1)[row_indices, col_indices.long()]
+def _input_gradient_setup(ctx: Any, inputs: tuple, output: Tensor) -> None:
+    ctx.save_for_backward(*inputs[:4])
+
+
+def _input_gradient_backward(ctx: Any, grad: Tensor) -> tuple:
+    grad_output, packed_values, *structure = ctx.saved_tensors
+    grad_grad_output = grad_values = None
+    if ctx.needs_input_grad[0]:
+        grad_grad_output = _product(grad, packed_values, tuple(structure), grad_output.shape[-1])
+    if ctx.needs_input_grad[1]:
+        grad_values = _weight_gradient(grad_output, grad, tuple(structure), _blocksize(packed_values))
+    return grad_grad_output, grad_values, None, None, None
+
+
+def _weight_gradient_setup(ctx: Any, inputs: tuple, output: Tensor) -> None:
+    ctx.save_for_backward(*inputs[:4])
+
+
+def _weight_gradient_backward(ctx: Any, grad: Tensor) -> tuple:
+    grad_output, input, *structure = ctx.saved_tensors
+    grad_grad_output = grad_input = None
+    if ctx.needs_input_grad[0]:
+        grad_grad_output = _product(input, grad, tuple(structure), grad_output.shape[-1])
+    if ctx.needs_input_grad[1]:
+        grad_input = _input_gradient(grad_output, grad, tuple(structure), input.shape[-1])
+    return grad_grad_output, grad_input, None, None, None, None
 
 
 def _ablated_cross_entropy_fake(
@@ -152,30 +246,44 @@ def _ablated_cross_entropy_backward(ctx: Any, grad: Tensor) -> tuple:
     return (*gradients, None, None, None)
 
 
-def _block_sparse_linear_flops(input: Any, packed_values: Any, *args: Any, **kwargs: Any) -> int:
+def _samples(shape: Any) -> int:
     samples = 1
-    for size in input[:-1]:
+    for size in shape[:-1]:
         samples *= size
+    return samples
+
+
+def _block_sparse_linear_flops(input: Any, packed_values: Any, *args: Any, **kwargs: Any) -> int:
     kept, cols, rows = packed_values
-    return 2 * samples * kept * cols * rows
+    return 2 * _samples(input) * kept * cols * rows
 
 
-torch.library.register_fake("fastprune::block_sparse_linear", _block_sparse_linear_fake)
-torch.library.register_fake("fastprune::block_sparse_linear_inference", _block_sparse_linear_fake)
-torch.library.register_fake("fastprune::ablated_cross_entropy", _ablated_cross_entropy_fake)
-torch.library.register_autograd(
-    "fastprune::block_sparse_linear", _block_sparse_linear_backward, setup_context=_block_sparse_linear_setup
-)
-torch.library.register_autograd(
-    "fastprune::ablated_cross_entropy",
-    _ablated_cross_entropy_backward,
-    setup_context=_ablated_cross_entropy_setup,
-)
+def _weight_gradient_flops(
+    grad_output: Any, input: Any, crow: Any, col: Any, rows: int, cols: int, *args: Any, **kwargs: Any
+) -> int:
+    return 2 * _samples(input) * col[0] * cols * rows
+
+
+for _name, _fake in (
+    ("block_sparse_linear", _block_sparse_linear_fake),
+    ("block_sparse_linear_inference", _block_sparse_linear_fake),
+    ("block_sparse_linear_input_gradient", _block_sparse_linear_input_gradient_fake),
+    ("block_sparse_linear_weight_gradient", _block_sparse_linear_weight_gradient_fake),
+    ("ablated_cross_entropy", _ablated_cross_entropy_fake),
+):
+    torch.library.register_fake(f"fastprune::{_name}", _fake)
+for _name, _backward, _setup in (
+    ("block_sparse_linear", _block_sparse_linear_backward, _block_sparse_linear_setup),
+    ("block_sparse_linear_input_gradient", _input_gradient_backward, _input_gradient_setup),
+    ("block_sparse_linear_weight_gradient", _weight_gradient_backward, _weight_gradient_setup),
+    ("ablated_cross_entropy", _ablated_cross_entropy_backward, _ablated_cross_entropy_setup),
+):
+    torch.library.register_autograd(f"fastprune::{_name}", _backward, setup_context=_setup)
 for _device in ("cpu", "cuda"):
     # The kernels are float32: under autocast they keep that precision.
-    torch.library.register_autocast("fastprune::block_sparse_linear", _device, torch.float32)
-    torch.library.register_autocast("fastprune::block_sparse_linear_inference", _device, torch.float32)
-    torch.library.register_autocast("fastprune::ablated_cross_entropy", _device, torch.float32)
-register_flop_formula([_ops.block_sparse_linear, _ops.block_sparse_linear_inference])(
-    _block_sparse_linear_flops
-)
+    for _name in ("block_sparse_linear", "block_sparse_linear_inference", "ablated_cross_entropy"):
+        torch.library.register_autocast(f"fastprune::{_name}", _device, torch.float32)
+register_flop_formula(
+    [_ops.block_sparse_linear, _ops.block_sparse_linear_inference, _ops.block_sparse_linear_input_gradient]
+)(_block_sparse_linear_flops)
+register_flop_formula([_ops.block_sparse_linear_weight_gradient])(_weight_gradient_flops)

@@ -34,7 +34,7 @@ def _lacks_cuda_kernel(op: str, tensor: Tensor, supported: bool) -> bool:
     if reason is None and supported:
         return False
     message = f"fastprune: {op} runs on the dense weight on CUDA: " + (
-        f"CUDA kernels are {reason}" if reason is not None else f"no CUDA kernel for {tensor.dtype}"
+        f"CUDA kernels are {reason}" if reason is not None else f"it has no CUDA kernel for {tensor.dtype}"
     )
     if message not in _warned:
         _warned.add(message)
@@ -74,7 +74,8 @@ def block_sparse_linear(
         col_indices: ``[kept]``, int32, increasing within a block row.
         bias: ``[out_features]`` or None.
         out_features: rows of the weight; the last block row may reach past them.
-        activation: None or "relu", fused into the store.
+        activation: None, "relu", "gelu", "gelu_tanh" or "silu", fused into the store where no gradient is
+            needed (relu: always). ``csrc/kernels/cpu/activation.h`` has the formulas.
 
     Returns:
         ``[*, out_features]``, contiguous, the dtype of ``input``.
@@ -83,12 +84,8 @@ def block_sparse_linear(
         ValueError: shapes, dtypes or devices disagree, or (CPU) the indices are not a valid structure.
 
     """
-    op = _ops.block_sparse_linear_inference
-    if _needs_grad(input, packed_values, bias):
-        # The one with gradients costs some microseconds more for each call.
-        op = _ops.block_sparse_linear
     supported = input.dtype == torch.float32 or (input.is_cuda and torch.is_autocast_enabled("cuda"))
-    if _lacks_cuda_kernel("block_sparse_linear", input, supported) or _is_transformed():
+    if _is_transformed() or _lacks_cuda_kernel("block_sparse_linear", input, supported):
         return reference.block_sparse_linear(
             input,
             packed_values,
@@ -98,7 +95,96 @@ def block_sparse_linear(
             out_features=out_features,
             activation=activation,
         )
-    return op(input, packed_values, crow_indices, col_indices, bias, out_features, activation or "none")
+    if not _needs_grad(input, packed_values, bias):
+        # The op with gradients costs some microseconds more for each call.
+        op = _ops.block_sparse_linear_inference
+        fused = activation is None or activation == "relu" or not input.is_cuda
+    else:
+        # Kept for the backward, what goes into a curved activation costs less than computing it anew.
+        op = _ops.block_sparse_linear
+        fused = activation not in reference.ACTIVATIONS or activation == "relu"
+    name = activation if fused and activation is not None else "none"
+    output = op(input, packed_values, crow_indices, col_indices, bias, out_features, name)
+    return output if fused else reference.ACTIVATIONS[activation](output)  # type: ignore[index]
+
+
+def block_sparse_linear_input_gradient(
+    grad_output: Tensor,
+    packed_values: Tensor,
+    crow_indices: Tensor,
+    col_indices: Tensor,
+    *,
+    in_features: int,
+) -> Tensor:
+    """Return ``grad_output @ weight`` for a block-sparse weight: the gradient of its product's input.
+
+    Differentiable in ``grad_output`` and ``packed_values``.
+
+    Example:
+        >>> grad_input = fp.ops.block_sparse_linear_input_gradient(
+        ...     torch.randn(4, 32), weight.packed_values, weight.crow_indices, weight.col_indices,
+        ...     in_features=32)
+
+    Args:
+        grad_output: ``[*, out_features]``, float32 or float64.
+        packed_values: ``[kept, cols, rows]``, the dtype of ``grad_output``.
+        crow_indices: ``[ceil(out_features / rows) + 1]``, int32.
+        col_indices: ``[kept]``, int32, increasing within a block row.
+        in_features: columns of the weight; the last block column may reach past them.
+
+    Returns:
+        ``[*, in_features]``, contiguous, the dtype of ``grad_output``.
+
+    Raises:
+        ValueError: shapes, dtypes or devices disagree, or (CPU) the indices are not a valid structure.
+
+    """
+    op = "block_sparse_linear_input_gradient"
+    if _is_transformed() or _lacks_cuda_kernel(op, grad_output, False):
+        return reference.block_sparse_linear_input_gradient(
+            grad_output, packed_values, crow_indices, col_indices, in_features=in_features
+        )
+    return _ops.block_sparse_linear_input_gradient(
+        grad_output, packed_values, crow_indices, col_indices, in_features
+    )
+
+
+def block_sparse_linear_weight_gradient(
+    grad_output: Tensor,
+    input: Tensor,
+    crow_indices: Tensor,
+    col_indices: Tensor,
+    *,
+    blocksize: tuple[int, int],
+) -> Tensor:
+    """Return the kept blocks of ``grad_output.T @ input``: the gradient of a block-sparse weight.
+
+    Differentiable in ``grad_output`` and ``input``. Only the kept blocks are computed.
+
+    Example:
+        >>> grad_values = fp.ops.block_sparse_linear_weight_gradient(
+        ...     grad_output, input, weight.crow_indices, weight.col_indices, blocksize=(16, 16))
+
+    Args:
+        grad_output: ``[*, out_features]``, float32 or float64.
+        input: ``[*, in_features]``, its samples and dtype those of ``grad_output``.
+        crow_indices: ``[ceil(out_features / rows) + 1]``, int32.
+        col_indices: ``[kept]``, int32, increasing within a block row.
+        blocksize: ``(rows, cols)``, each from 1 to 128.
+
+    Returns:
+        ``[kept, cols, rows]``, the dtype of ``grad_output``; zero in the padding.
+
+    Raises:
+        ValueError: shapes, dtypes or devices disagree, or (CPU) the indices are not a valid structure.
+
+    """
+    op = "block_sparse_linear_weight_gradient"
+    if _is_transformed() or _lacks_cuda_kernel(op, grad_output, False):
+        return reference.block_sparse_linear_weight_gradient(
+            grad_output, input, crow_indices, col_indices, blocksize=blocksize
+        )
+    return _ops.block_sparse_linear_weight_gradient(grad_output, input, crow_indices, col_indices, *blocksize)
 
 
 def ablated_cross_entropy(

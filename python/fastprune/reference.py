@@ -6,6 +6,9 @@ twin in :mod:`fastprune.ops`.
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -38,6 +41,15 @@ def dense_weight(
     return dense.reshape(block_rows * rows, block_cols * cols)[:out_features, :in_features]
 
 
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "relu": F.relu,
+    "gelu": F.gelu,
+    "gelu_tanh": functools.partial(F.gelu, approximate="tanh"),
+    "silu": F.silu,
+}
+"""The activations that the kernels fuse, by name."""
+
+
 def block_sparse_linear(
     input: Tensor,
     packed_values: Tensor,
@@ -53,7 +65,47 @@ def block_sparse_linear(
         packed_values, crow_indices, col_indices, out_features=out_features, in_features=input.shape[-1]
     )
     output = F.linear(input, weight, bias)
-    return F.relu(output) if activation == "relu" else output
+    return output if activation is None else ACTIVATIONS[activation](output)
+
+
+def block_sparse_linear_input_gradient(
+    grad_output: Tensor,
+    packed_values: Tensor,
+    crow_indices: Tensor,
+    col_indices: Tensor,
+    *,
+    in_features: int,
+) -> Tensor:
+    """Return ``grad_output @ weight`` through the dense weight."""
+    return grad_output @ dense_weight(
+        packed_values,
+        crow_indices,
+        col_indices,
+        out_features=grad_output.shape[-1],
+        in_features=in_features,
+    )
+
+
+def block_sparse_linear_weight_gradient(
+    grad_output: Tensor,
+    input: Tensor,
+    crow_indices: Tensor,
+    col_indices: Tensor,
+    *,
+    blocksize: tuple[int, int],
+) -> Tensor:
+    """Return the kept blocks of ``grad_output.T @ input``, packed, through the dense product."""
+    rows, cols = blocksize
+    dense = grad_output.reshape(-1, grad_output.shape[-1]).T @ input.reshape(-1, input.shape[-1])
+    block_rows, block_cols = crow_indices.numel() - 1, -(-input.shape[-1] // cols)
+    padding = (0, block_cols * cols - dense.shape[1], 0, block_rows * rows - dense.shape[0])
+    blocks = F.pad(dense, padding).view(block_rows, rows, block_cols, cols)
+    row_indices = torch.repeat_interleave(
+        torch.arange(block_rows, device=dense.device),
+        (crow_indices[1:] - crow_indices[:-1]).long(),
+        output_size=col_indices.numel(),
+    )
+    return blocks.permute(0, 2, 3, 1)[row_indices, col_indices.long()]
 
 
 def ablated_cross_entropy(

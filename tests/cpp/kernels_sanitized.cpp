@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "cpu/dispatch.h"
+#include "transposed_structure.h"
 
 namespace {
 
@@ -29,54 +30,137 @@ void check(bool condition, const char* what, int64_t a, int64_t b, int64_t c) {
   std::printf("%s differs for %ld, %ld, %ld\n", what, long(a), long(b), long(c));
 }
 
-template <class T>
-void test_block_sparse_linear(int64_t samples, int64_t in_features, int64_t out_features,
-                              int64_t rows, int64_t cols, double density, int64_t chunks) {
-  using namespace fastprune;
-  const int64_t block_rows = (out_features + rows - 1) / rows;
-  const int64_t block_cols = (in_features + cols - 1) / cols;
+// A random pattern of blocks in BCSR order.
+struct Pattern {
+  int64_t block_rows, block_cols;
   std::vector<int32_t> crow = {0}, col;
-  std::bernoulli_distribution keep(density);
-  for (int64_t r = 0; r < block_rows; ++r) {
-    for (int64_t c = 0; c < block_cols; ++c) {
-      if (keep(generator)) col.push_back(static_cast<int32_t>(c));
-    }
-    crow.push_back(static_cast<int32_t>(col.size()));
-  }
-  const auto values = random_values<T>(int64_t(col.size()) * rows * cols);
-  const auto bias = random_values<T>(out_features);
-  const int64_t stride = in_features + 3;
-  const auto input = random_values<T>(samples > 0 ? (samples - 1) * stride + in_features : 0);
-  std::vector<T> output(samples * out_features);
 
-  BlockSparseLinearArgs<T> args;
-  args.input = {input.data(), samples, in_features, stride};
-  args.weight = {values.data(), crow.data(), col.data(), block_rows, rows, cols};
+  Pattern(int64_t rows, int64_t cols, double density) : block_rows(rows), block_cols(cols) {
+    std::bernoulli_distribution keep(density);
+    for (int64_t r = 0; r < rows; ++r) {
+      for (int64_t c = 0; c < cols; ++c) {
+        if (keep(generator)) col.push_back(static_cast<int32_t>(c));
+      }
+      crow.push_back(static_cast<int32_t>(col.size()));
+    }
+  }
+};
+
+int64_t ceil_divide(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// The product with a weight in BCSR order, or, by its block columns, with its transpose.
+template <class T>
+void test_block_product(int64_t samples, int64_t in_features, int64_t out_features, int64_t rows,
+                        int64_t cols, double density, int64_t chunks, bool transposed) {
+  using namespace fastprune;
+  const Pattern pattern(ceil_divide(out_features, rows), ceil_divide(in_features, cols), density);
+  const auto values = random_values<T>(int64_t(pattern.col.size()) * rows * cols);
+  const int64_t from = transposed ? out_features : in_features;
+  const int64_t to = transposed ? in_features : out_features;
+  const auto bias = random_values<T>(to);
+  const int64_t stride = from + 3;
+  const auto input = random_values<T>(samples > 0 ? (samples - 1) * stride + from : 0);
+  std::vector<T> output(samples * to);
+  const TransposedStructure by_column = transpose_structure(pattern.crow.data(), pattern.col.data(),
+                                                            pattern.block_rows, pattern.block_cols);
+
+  BlockProductArgs<T> args;
+  args.input = {input.data(), samples, from, stride};
+  if (transposed) {
+    args.weight = {values.data(),
+                   by_column.offsets.data(),
+                   by_column.sources.data(),
+                   by_column.blocks.data(),
+                   pattern.block_cols,
+                   cols,
+                   rows,
+                   rows,
+                   1};
+  } else {
+    args.weight = {values.data(),
+                   pattern.crow.data(),
+                   pattern.col.data(),
+                   nullptr,
+                   pattern.block_rows,
+                   rows,
+                   cols,
+                   1,
+                   rows};
+  }
   args.bias = bias.data();
-  args.output = {output.data(), samples, out_features, out_features};
+  args.output = {output.data(), samples, to, to};
   args.activation = Activation::kRelu;
-  const BlockSparseLinearWork work = plan_block_sparse_linear(args);
-  const auto kernel = kernels_of<T>(cpu_kernels()).block_sparse_linear;
+  const auto& kernels = kernels_of<T>(cpu_kernels());
+  const BlockProductWork work = kernels.plan_block_product(args, chunks);
   for (int64_t chunk = 0; chunk < chunks; ++chunk) {
     std::vector<T> scratch(work.scratch_size);
-    kernel(args, work.total * chunk / chunks, work.total * (chunk + 1) / chunks, scratch.data());
+    kernels.block_product(args, work, work.total * chunk / chunks,
+                          work.total * (chunk + 1) / chunks, scratch.data());
+  }
+
+  std::vector<double> wanted(samples * to);
+  for (int64_t n = 0; n < samples; ++n) {
+    for (int64_t o = 0; o < to; ++o) wanted[n * to + o] = bias[o];
+    for (int64_t r = 0; r < pattern.block_rows; ++r) {
+      for (int64_t k = pattern.crow[r]; k < pattern.crow[r + 1]; ++k) {
+        for (int64_t e = 0; e < rows * cols; ++e) {
+          const int64_t i = pattern.col[k] * cols + e / rows, o = r * rows + e % rows;
+          if (i >= in_features || o >= out_features) continue;
+          wanted[n * to + (transposed ? i : o)] += double(values[k * rows * cols + e]) *
+                                                   double(input[n * stride + (transposed ? o : i)]);
+        }
+      }
+    }
+  }
+  bool equal = true;
+  for (int64_t i = 0; i < samples * to; ++i) {
+    equal &= std::abs(std::max(wanted[i], 0.0) - double(output[i])) < 1e-3;
+  }
+  check(equal, transposed ? "transposed block_product" : "block_product", samples, in_features,
+        out_features);
+}
+
+template <class T>
+void test_weight_gradient(int64_t samples, int64_t in_features, int64_t out_features, int64_t rows,
+                          int64_t cols, double density, int64_t chunks) {
+  using namespace fastprune;
+  const Pattern pattern(ceil_divide(out_features, rows), ceil_divide(in_features, cols), density);
+  const auto input = random_values<T>(samples * in_features);
+  const auto grad_output = random_values<T>(samples * out_features);
+  std::vector<T> grad_values(int64_t(pattern.col.size()) * rows * cols, T{7});
+
+  BlockSparseLinearWeightGradientArgs<T> args;
+  args.input = {input.data(), samples, in_features, in_features};
+  args.grad_output = {grad_output.data(), samples, out_features, out_features};
+  args.crow_indices = pattern.crow.data();
+  args.col_indices = pattern.col.data();
+  args.block_rows = pattern.block_rows;
+  args.rows = rows;
+  args.cols = cols;
+  args.grad_values = grad_values.data();
+  const auto& kernels = kernels_of<T>(cpu_kernels());
+  const BlockSparseLinearWeightGradientWork work = kernels.plan_weight_gradient(args);
+  for (int64_t chunk = 0; chunk < chunks; ++chunk) {
+    const int64_t begin = work.total * chunk / chunks, end = work.total * (chunk + 1) / chunks;
+    if (begin == end) continue;
+    std::vector<T> scratch(work.scratch_size);
+    kernels.weight_gradient(args, work, begin, end, scratch.data());
   }
 
   bool equal = true;
-  for (int64_t n = 0; n < samples; ++n) {
-    for (int64_t o = 0; o < out_features; ++o) {
-      double sum = bias[o];
-      const int64_t r = o / rows;
-      for (int64_t k = crow[r]; k < crow[r + 1]; ++k) {
-        for (int64_t c = 0; c < cols && col[k] * cols + c < in_features; ++c) {
-          sum += double(input[n * stride + col[k] * cols + c]) *
-                 double(values[(k * cols + c) * rows + o % rows]);
+  for (int64_t r = 0; r < pattern.block_rows; ++r) {
+    for (int64_t k = pattern.crow[r]; k < pattern.crow[r + 1]; ++k) {
+      for (int64_t e = 0; e < rows * cols; ++e) {
+        const int64_t i = pattern.col[k] * cols + e / rows, o = r * rows + e % rows;
+        double sum = 0.0;
+        for (int64_t n = 0; n < samples && i < in_features && o < out_features; ++n) {
+          sum += double(input[n * in_features + i]) * double(grad_output[n * out_features + o]);
         }
+        equal &= std::abs(sum - double(grad_values[k * rows * cols + e])) < 1e-3;
       }
-      equal &= std::abs(std::max(sum, 0.0) - double(output[n * out_features + o])) < 1e-3;
     }
   }
-  check(equal, "block_sparse_linear", samples, in_features, out_features);
+  check(equal, "weight_gradient", samples, in_features, out_features);
 }
 
 template <class T>
@@ -153,19 +237,21 @@ void test_ablated_cross_entropy(int64_t samples, int64_t features, int64_t class
 
 template <class T>
 void test_all() {
-  for (int64_t samples : {0, 1, 5, 17, 200}) {
+  for (int64_t samples : {1, 5, 17, 200}) {
     for (int64_t in_features : {1, 15, 64, 129}) {
       for (int64_t out_features : {1, 17, 151}) {
         for (int64_t rows : {1, 5, 8, 16, 48}) {
           const int64_t cols = rows == 8 ? 1 : rows == 5 ? 3 : 16;
-          test_block_sparse_linear<T>(samples, in_features, out_features, rows, cols, 0.4, 3);
+          test_block_product<T>(samples, in_features, out_features, rows, cols, 0.4, 3, false);
+          test_block_product<T>(samples, in_features, out_features, rows, cols, 0.4, 3, true);
+          test_weight_gradient<T>(samples, in_features, out_features, rows, cols, 0.4, 3);
         }
       }
     }
   }
-  test_block_sparse_linear<T>(29, 509 + 512, 33, 16, 16, 0.3, 2);  // rows 1024 apart are copied
-  test_block_sparse_linear<T>(29, 512 - 3, 33, 16, 16, 1.0, 5);
-  test_block_sparse_linear<T>(3, 40, 40, 8, 8, 0.0, 1);
+  test_block_product<T>(29, 509, 33, 16, 16, 1.0, 5, false);
+  test_block_product<T>(3, 40, 40, 8, 8, 0.0, 1, false);
+  test_block_product<T>(3, 40, 40, 8, 8, 0.0, 1, true);
   for (int64_t samples : {1, 15, 17, 300}) {
     for (double scale : {1.0, 200.0}) {
       test_ablated_cross_entropy<T>(samples, 9, 7, scale);

@@ -51,7 +51,7 @@ inline Vec<T, Lanes> activate(Vec<T, Lanes> x, Activation activation) {
   if (activation == Activation::kSilu) return positive - a * logistic_tail<T, Lanes>(a);
   // Hendrycks and Gimpel, Gaussian Error Linear Units (2016): the logistic form of the tanh one,
   // 2 sqrt(2 / pi) (a + 0.044715 a^3).
-  const V argument = a * (a * a * T(0.071354816272) + T(1.5957691216057308));
+  const V argument = a * (a * a * T(0.07135481627260025) + T(1.5957691216057308));
   return positive - a * logistic_tail<T, Lanes>(minimum(argument, broadcast<V>(T{80})));
 }
 

@@ -1,6 +1,7 @@
 """Drop-in modules whose sparsity is speed, and the conversion of models to them."""
 
-from .convert import explain, leave_dense_, sparsify_, swap_modules
+from .choice import clear_layer_seconds, explain
+from .convert import leave_dense_, sparsify_, swap_modules
 from .linear import BlockSparseLinear
 
-__all__ = ["BlockSparseLinear", "explain", "leave_dense_", "sparsify_", "swap_modules"]
+__all__ = ["BlockSparseLinear", "clear_layer_seconds", "explain", "leave_dense_", "sparsify_", "swap_modules"]

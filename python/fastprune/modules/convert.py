@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import statistics
 import warnings
@@ -18,23 +17,14 @@ from ..granularity import check_blocksize, is_scorable
 from ..layers import check_model, is_plain
 from ..masks import piece_mask_of, remove_masks_
 from ..timing import interleaved_medians
+from .choice import LayerChoice, layer_seconds
 from .linear import BlockSparseLinear
 
 # A converted model may be this much slower before the conversion is taken back: the noise of an
 # interleaved median of 15 on a shared machine.
 TOLERATED_SLOWDOWN = 1.03
-
-
-@dataclasses.dataclass
-class LayerChoice:
-    """What `sparsify_` decided for one layer, and why; times are seconds for all example inputs."""
-
-    shape: tuple[int, int]
-    density: float
-    choice: str
-    reason: str
-    dense_seconds: float | None = None
-    sparse_seconds: float | None = None
+# A layer is converted where that takes less than this share of the dense time: the same noise again.
+WORTHWHILE = 0.97
 
 
 def _example_batches(example_inputs: Any, device: torch.device) -> list[Batch]:
@@ -226,14 +216,10 @@ def _convert(
         return None, choice
     if policy == "measured":
         dense = _plain_linear(module)
-        choice.dense_seconds, choice.sparse_seconds = interleaved_medians(
-            [lambda: [dense(x) for x in inputs], lambda: [kept(x) for x in inputs]],
-            repeats=15,
-            device=device,
-            minimum_seconds=1e-3,
-        )
-        if choice.sparse_seconds >= choice.dense_seconds:
-            choice.reason = "dense is faster"
+        choice.dense_seconds, choice.sparse_seconds = layer_seconds(dense, kept, inputs, device)
+        if choice.sparse_seconds > choice.dense_seconds * WORTHWHILE:
+            faster = choice.sparse_seconds < choice.dense_seconds
+            choice.reason = "sparse gains less than noise" if faster else "dense is faster"
             return None, choice
     choice.choice = "sparse"
     choice.reason = "measured faster" if policy == "measured" else "policy='always'"
@@ -303,37 +289,3 @@ def _is_slower(
                 revert()
     dense_seconds, sparse_seconds = (statistics.median(values) for values in times)
     return sparse_seconds > dense_seconds * TOLERATED_SLOWDOWN
-
-
-def explain(model: nn.Module) -> str:
-    """Return one line per pruned layer: shape, density, dense and sparse time, choice and why.
-
-    Example:
-        >>> print(fp.explain(model))
-
-    """
-    header = (
-        f"{'layer':<32} {'shape':>14} {'density':>8} {'dense us':>10} {'sparse us':>10} {'gain':>7}  choice"
-    )
-    lines = [header]
-
-    def microseconds(seconds: float | None) -> str:
-        return "-" if seconds is None else f"{seconds * 1e6:.1f}"
-
-    for name, module in check_model(model).named_modules():
-        choice = getattr(module, "_fastprune_choice", None)
-        if choice is None and isinstance(module, BlockSparseLinear):
-            choice = LayerChoice(
-                (module.out_features, module.in_features), module.density, "sparse", "not measured here"
-            )
-        if choice is None:
-            continue
-        ratio = "-"
-        if choice.dense_seconds and choice.sparse_seconds:
-            ratio = f"{choice.dense_seconds / choice.sparse_seconds:.2f}x"
-        shape = f"{choice.shape[0]}x{choice.shape[1]}"
-        lines.append(
-            f"{name:<32} {shape:>14} {choice.density:>8.3f} {microseconds(choice.dense_seconds):>10} "
-            f"{microseconds(choice.sparse_seconds):>10} {ratio:>7}  {choice.choice}: {choice.reason}"
-        )
-    return "\n".join(lines) if len(lines) > 1 else "no pruned layers"

@@ -33,7 +33,7 @@ class BlockSparseLinear(nn.Module):
     Args:
         weight: the matrix; its ``packed_values`` become the parameter.
         bias: ``[out_features]`` or None.
-        activation: None or "relu", computed by the same kernel.
+        activation: None, "relu", "gelu", "gelu_tanh" or "silu", computed by the same kernel.
 
     Shape:
         input ``[*, in_features]``, output ``[*, out_features]``; float32 or float64.
@@ -50,8 +50,9 @@ class BlockSparseLinear(nn.Module):
         self, weight: BlockSparseTensor, bias: Tensor | None = None, activation: str | None = None
     ) -> None:
         super().__init__()
-        if activation not in (None, "relu"):
-            raise ValueError(f"`activation` must be None or 'relu', got {activation!r}")
+        if activation is not None and activation not in reference.ACTIVATIONS:
+            expected = ", ".join(f"'{name}'" for name in reference.ACTIVATIONS)
+            raise ValueError(f"`activation` must be None or one of {expected}, got {activation!r}")
         self.out_features, self.in_features = weight.shape
         if bias is not None and tuple(bias.shape) != (self.out_features,):
             raise ValueError(f"`bias` must have shape [{self.out_features}], got {list(bias.shape)}")
@@ -75,7 +76,7 @@ class BlockSparseLinear(nn.Module):
             linear: the layer; masks on its weight count as zeros.
             blocksize: ``(rows, cols)``, each from 1 to 128; the last blocks are padded where needed.
             mask: bool ``[block_rows, block_cols]``, True = keep; None keeps blocks with a nonzero.
-            activation: None or "relu", fused.
+            activation: None, "relu", "gelu", "gelu_tanh" or "silu", fused.
 
         Raises:
             TypeError: ``linear`` is no ``nn.Linear``.
@@ -148,32 +149,43 @@ class BlockSparseLinear(nn.Module):
         """Return ``activation(input @ weight.T + bias)``."""
         if input.shape[-1:] != (self.in_features,):  # the op cannot tell padding from one column more
             raise ValueError(f"`input` must have {self.in_features} features, got shape {list(input.shape)}")
+        # Attributes of modules are slow to read, 0.6 us each. A parametrized weight is no parameter of this
+        # module; only then, and without a bias, is the slow way taken.
         parameters, buffers = self._parameters, self._buffers
-        # Attributes of modules are slow to read (0.6 us each); a parametrized one has left the dictionary.
+        packed_values, bias = parameters.get("packed_values"), parameters.get("bias")
         return ops.block_sparse_linear(
             input,
-            parameters["packed_values"] if "packed_values" in parameters else self.packed_values,  # type: ignore[arg-type]
+            self.packed_values if packed_values is None else packed_values,
             buffers["crow_indices"],  # type: ignore[arg-type]
             buffers["col_indices"],  # type: ignore[arg-type]
-            parameters["bias"] if "bias" in parameters else self.bias,
+            self.bias if bias is None else bias,
             out_features=self.out_features,
             activation=self.activation,
         )
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        """Refuse indices that are no valid structure before they are copied: kernels read through them."""
+        """Take over another pattern of blocks; refuse one that kernels must not read through."""
         parts = [state_dict.get(prefix + name) for name in ("packed_values", "crow_indices", "col_indices")]
-        packed_values, crow_indices, col_indices = parts
-        own = (self.packed_values, self.crow_indices, self.col_indices)
-        # Parts that are missing or of another shape are torch's to report.
-        if all(part is not None and part.shape == mine.shape for part, mine in zip(parts, own, strict=True)):
+        # Parts that are missing are torch's to report, which then copies none of them.
+        if all(part is not None for part in parts):
+            packed_values, crow_indices, col_indices = parts
             try:
-                shape = (self.out_features, self.in_features)
-                BlockSparseTensor(packed_values, crow_indices, col_indices, shape)  # type: ignore[arg-type]
+                BlockSparseTensor(
+                    packed_values,  # type: ignore[arg-type]
+                    crow_indices,  # type: ignore[arg-type]
+                    col_indices,  # type: ignore[arg-type]
+                    (self.out_features, self.in_features),
+                )
             except ValueError as error:
                 raise ValueError(
                     f"the state of '{prefix.rstrip('.')}' is no valid structure: {error}"
                 ) from error
+            # The parameter and the buffers stay the same objects, as optimisers hold them.
+            for name, part in zip(("packed_values", "crow_indices", "col_indices"), parts, strict=True):
+                own = getattr(self, name)
+                if part.shape != own.shape:  # type: ignore[union-attr]
+                    own.grad = None
+                    own.data = torch.empty(part.shape, dtype=own.dtype, device=own.device)  # type: ignore[union-attr]
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     def extra_repr(self) -> str:

@@ -1,0 +1,35 @@
+// The structure of a block-sparse matrix by its block columns, for products with its transpose.
+#pragma once
+
+#include <cstdint>
+#include <vector>
+
+namespace fastprune {
+
+// The kept blocks by block column: entry j of column c, offsets[c] <= j < offsets[c + 1], is block
+// blocks[j], of block row sources[j]. Within a column they are in the order of the block rows.
+struct TransposedStructure {
+  std::vector<int32_t> offsets, sources, blocks;
+};
+
+inline TransposedStructure transpose_structure(const int32_t* crow, const int32_t* col,
+                                               int64_t block_rows, int64_t block_cols) {
+  const int64_t kept = crow[block_rows];
+  TransposedStructure result;
+  result.offsets.assign(block_cols + 1, 0);
+  result.sources.resize(kept);
+  result.blocks.resize(kept);
+  for (int64_t k = 0; k < kept; ++k) ++result.offsets[col[k] + 1];
+  for (int64_t c = 0; c < block_cols; ++c) result.offsets[c + 1] += result.offsets[c];
+  std::vector<int32_t> next(result.offsets.begin(), result.offsets.end() - 1);
+  for (int64_t row = 0; row < block_rows; ++row) {
+    for (int32_t k = crow[row]; k < crow[row + 1]; ++k) {
+      const int32_t j = next[col[k]]++;
+      result.sources[j] = static_cast<int32_t>(row);
+      result.blocks[j] = k;
+    }
+  }
+  return result;
+}
+
+}  // namespace fastprune
