@@ -1,4 +1,4 @@
-"""block_sparse_linear against torch's dense Linear: `make bench`."""
+"""block_sparse_linear's forward against torch's dense Linear, other formats and other libraries."""
 
 from __future__ import annotations
 
@@ -9,38 +9,23 @@ import torch.nn.functional as F
 import fastprune as fp
 from fastprune import _library
 from harness import THREADS, measure, threads
-
-SHAPES = ((1024, 1024), (3072, 768), (768, 3072))
-SAMPLES = (1, 64, 256, 2048)
-BLOCKSIZES = ((8, 8), (16, 16), (32, 32))
-SPARSITIES = (0.5, 0.75, 0.9)
+from layers import BLOCKSIZES, SAMPLES, SHAPES, SPARSITIES, assert_close, make_layer, name_of
 
 cuda = pytest.mark.skipif(
     not torch.cuda.is_available() or _library.cuda_kernels_unavailable_reason() is not None,
     reason="needs a GPU and the CUDA kernels",
 )
-
-
-def make_layer(
-    out_features: int, in_features: int, blocksize: tuple[int, int], sparsity: float, device: str
-) -> fp.BlockSparseLinear:
-    torch.manual_seed(0)
-    grid = (-(-out_features // blocksize[0]), -(-in_features // blocksize[1]))
-    order = torch.rand(grid).flatten().argsort()
-    mask = torch.ones(grid, dtype=torch.bool)
-    mask.view(-1)[order[: round(sparsity * len(order))]] = False
-    linear = torch.nn.Linear(in_features, out_features)
-    return fp.BlockSparseLinear.from_dense(linear, blocksize, mask).to(device)
-
-
-@pytest.mark.parametrize(
+devices = pytest.mark.parametrize(
     ("device", "thread_count"),
     [*(("cpu", count) for count in THREADS), pytest.param("cuda", 1, marks=cuda)],
 )
+
+
+@devices
 @pytest.mark.parametrize("sparsity", SPARSITIES)
-@pytest.mark.parametrize("blocksize", BLOCKSIZES, ids=lambda size: f"{size[0]}x{size[1]}")
-@pytest.mark.parametrize("samples", SAMPLES)
-@pytest.mark.parametrize("shape", SHAPES, ids=lambda shape: f"{shape[0]}x{shape[1]}")
+@pytest.mark.parametrize("blocksize", BLOCKSIZES, ids=name_of)
+@pytest.mark.parametrize("samples", [1, *SAMPLES])
+@pytest.mark.parametrize("shape", SHAPES, ids=name_of)
 @torch.no_grad()
 def bench_forward(
     benchmark,
@@ -51,19 +36,117 @@ def bench_forward(
     device: str,
     thread_count: int,
 ) -> None:
-    layer = make_layer(*shape, blocksize, sparsity, device)
-    weight, bias = layer.weight.clone(), layer.bias
-    input = torch.randn(samples, shape[1], device=device)
+    layer = make_layer(*shape, blocksize, sparsity, device=device)
+    dense, input = layer.to_dense(), torch.randn(samples, shape[1], device=device)
     with threads(thread_count):
         measure(
             benchmark,
             lambda: layer(input),
-            lambda: F.linear(input, weight, bias),
-            check=lambda ours, dense: torch.testing.assert_close(ours, dense, rtol=1e-3, atol=1e-3),
-            group=f"linear {shape[0]}x{shape[1]}, N = {samples}, {device}, {thread_count} threads",
+            lambda: dense(input),
+            check=assert_close,
+            group=f"linear {name_of(shape)}, N = {samples}, {device}, {thread_count} threads",
             flops=2.0 * samples * layer.packed_values.numel(),
             device=torch.device(device),
-            blocksize=f"{blocksize[0]}x{blocksize[1]}",
+            kind="forward" if samples > 1 else "forward, one sample",
+            blocksize=name_of(blocksize),
             sparsity=sparsity,
             density=layer.density,
         )
+
+
+@pytest.mark.parametrize("thread_count", THREADS)
+@pytest.mark.parametrize("blocksize", [(16, 16), (8, 8)], ids=name_of)
+@pytest.mark.parametrize("samples", SAMPLES)
+@pytest.mark.parametrize("shape", SHAPES, ids=name_of)
+@torch.no_grad()
+def bench_skewed(
+    benchmark, shape: tuple[int, int], samples: int, blocksize: tuple[int, int], thread_count: int
+) -> None:
+    """All kept blocks in as few block rows as hold them, against the same number at random."""
+    even = make_layer(*shape, blocksize, 0.75)
+    skewed = make_layer(*shape, blocksize, 0.75, skewed=True)
+    input = torch.randn(samples, shape[1])
+    with threads(thread_count):
+        assert_close(skewed(input), skewed.to_dense()(input))
+        measure(
+            benchmark,
+            lambda: skewed(input),
+            lambda: even(input),
+            check=lambda ours, theirs: None,  # two layers, each checked against its dense one
+            group=f"skewed pattern {name_of(shape)}, N = {samples}, {thread_count} threads",
+            kind="skewed against random pattern",
+            blocksize=name_of(blocksize),
+            sparsity=0.75,
+        )
+
+
+@pytest.mark.parametrize("thread_count", THREADS)
+@pytest.mark.parametrize("sparsity", [0.5, 0.75, 0.9])
+@pytest.mark.parametrize("other", ["torch BSR", "scipy BSR", "ONNX Runtime dense"])
+@pytest.mark.parametrize("samples", [64, 512])
+@pytest.mark.parametrize("shape", [(1024, 1024), (3072, 768)], ids=name_of)
+@pytest.mark.filterwarnings("ignore:Sparse BSR tensor support is in beta")
+@torch.no_grad()
+def bench_other_libraries(
+    benchmark, shape: tuple[int, int], samples: int, other: str, sparsity: float, thread_count: int
+) -> None:
+    layer = make_layer(*shape, (16, 16), sparsity)
+    layer.bias = None
+    input = torch.randn(samples, shape[1])
+    with threads(thread_count):
+        baseline = BASELINES[other](layer, input, thread_count)
+        measure(
+            benchmark,
+            lambda: layer(input),
+            baseline,
+            check=lambda ours, theirs: assert_close(ours, torch.as_tensor(theirs)),
+            group=f"{other}, {name_of(shape)}, N = {samples}, {thread_count} threads",
+            kind=f"forward against {other}",
+            blocksize="16x16",
+            sparsity=sparsity,
+            density=layer.density,
+        )
+
+
+def _torch_bsr(layer: fp.BlockSparseLinear, input: torch.Tensor, thread_count: int):
+    weight = layer.block_sparse_weight.to_torch_bsr()
+    return lambda: F.linear(input, weight)
+
+
+def _scipy_bsr(layer: fp.BlockSparseLinear, input: torch.Tensor, thread_count: int):
+    scipy_sparse = pytest.importorskip("scipy.sparse", reason="scipy is not installed")
+    weight = layer.block_sparse_weight
+    parts = (weight.values.contiguous().numpy(), weight.col_indices.numpy(), weight.crow_indices.numpy())
+    matrix = scipy_sparse.bsr_matrix(parts, shape=tuple(weight.shape), blocksize=weight.blocksize)
+    columns = input.T.contiguous().numpy()
+    return lambda: (matrix @ columns).T
+
+
+def _onnxruntime_dense(layer: fp.BlockSparseLinear, input: torch.Tensor, thread_count: int):
+    onnxruntime = pytest.importorskip("onnxruntime", reason="onnxruntime is not installed")
+    onnx = pytest.importorskip("onnx", reason="onnx is not installed")
+    weight = onnx.numpy_helper.from_array(layer.weight.T.contiguous().numpy(), "weight")
+    real = onnx.TensorProto.FLOAT
+    graph = onnx.helper.make_graph(
+        [onnx.helper.make_node("MatMul", ["x", "weight"], ["y"])],
+        "linear",
+        [onnx.helper.make_tensor_value_info("x", real, list(input.shape))],
+        [onnx.helper.make_tensor_value_info("y", real, [input.shape[0], layer.out_features])],
+        [weight],
+    )
+    opset = [onnx.helper.make_opsetid("", 17)]
+    model = onnx.helper.make_model(graph, opset_imports=opset, ir_version=8)
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = thread_count
+    session = onnxruntime.InferenceSession(
+        model.SerializeToString(), options, providers=["CPUExecutionProvider"]
+    )
+    array = input.numpy()
+    return lambda: session.run(None, {"x": array})[0]
+
+
+BASELINES = {
+    "torch BSR": _torch_bsr,
+    "scipy BSR": _scipy_bsr,
+    "ONNX Runtime dense": _onnxruntime_dense,
+}
