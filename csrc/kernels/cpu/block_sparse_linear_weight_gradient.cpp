@@ -21,7 +21,11 @@ namespace fastprune {
 namespace FASTPRUNE_CPU_NAMESPACE {
 namespace {
 
+#if defined(__AVX512F__)
+constexpr int kColumns = 16;
+#else
 constexpr int kColumns = 8;  // the fewest accumulators that hide the latency of multiply-adds
+#endif
 
 // Columns whose inputs lie side by side in a panel: all of a block where they come in fours.
 constexpr int kRun = 4;
@@ -63,17 +67,17 @@ __attribute__((noinline)) void add_products(const RowTile<T>& tile, int64_t colu
   const T* grads = tile.grads + panel_row * samples + row % kLanes<T>;
   V acc[Columns] = {};
   if (!tile.first) {
-#pragma GCC unroll 8
+#pragma GCC unroll 16
     for (int c = 0; c < Columns; ++c) acc[c] = load<V>(target + c * rows);
   }
   for (int64_t n = 0, offset = 0; n < samples; ++n, offset += step, grads += width) {
     const V values = load<V>(grads);
-#pragma GCC unroll 8
+#pragma GCC unroll 16
     for (int c = 0; c < Columns; ++c) {
       acc[c] += broadcast<V>(x[c / kGroup][c % kGroup + offset]) * values;
     }
   }
-#pragma GCC unroll 8
+#pragma GCC unroll 16
   for (int c = 0; c < Columns; ++c) store(target + c * rows, acc[c]);
 }
 

@@ -127,7 +127,7 @@ void multiply_group_of(const BlockProductArgs<T>& args, int64_t first_list, int6
                             : multiply_panel<T, false, kPanelOutputs, Vectors>;
   T* panel = scratch;
   T* result = scratch + features * kWidth;
-  transpose(args.input.data, args.input.row_stride, samples, features, panel, kWidth);
+  transpose<T, true>(args.input.data, args.input.row_stride, samples, features, panel, kWidth);
   // Lanes without a sample are computed and dropped; what they hold must not be slow to multiply.
   for (int64_t i = 0; samples < kWidth && i < features; ++i) {
     for (int64_t n = samples; n < kWidth; ++n) panel[i * kWidth + n] = T{};

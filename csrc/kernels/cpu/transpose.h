@@ -41,7 +41,9 @@ inline void transpose_square(const T* src, int64_t src_stride, T* dst, int64_t d
   for (int i = 0; i < L; ++i) store(dst + i * dst_stride, rows[i]);
 }
 
-template <class T, int L = kLanes<T>>
+// kFromMemory: src is not in the first-level cache, and is fetched 512 bytes ahead. The hardware
+// follows fewer rows than a square has (768 features, 2048 samples: 0.20 for 0.25 ns an element).
+template <class T, bool kFromMemory = false, int L = kLanes<T>>
 void transpose(const T* src, int64_t src_stride, int64_t rows, int64_t cols, T* dst,
                int64_t dst_stride) {
   if constexpr (L == 1) {
@@ -53,17 +55,21 @@ void transpose(const T* src, int64_t src_stride, int64_t rows, int64_t cols, T* 
     // Along the rows first, so that a cache line is used up before others of its set come in.
     for (int64_t r = 0; r < full_rows; r += L) {
       for (int64_t c = 0; c < full_cols; c += L) {
+        if constexpr (kFromMemory) {
+          constexpr int64_t kAhead = 512 / sizeof(T);
+          for (int i = 0; i < L; ++i) __builtin_prefetch(src + (r + i) * src_stride + c + kAhead);
+        }
         transpose_square<T, L>(src + r * src_stride + c, src_stride, dst + c * dst_stride + r,
                                dst_stride);
       }
     }
     if (full_cols < cols && full_rows > 0) {
-      transpose<T, L / 2>(src + full_cols, src_stride, full_rows, cols - full_cols,
-                          dst + full_cols * dst_stride, dst_stride);
+      transpose<T, kFromMemory, L / 2>(src + full_cols, src_stride, full_rows, cols - full_cols,
+                                       dst + full_cols * dst_stride, dst_stride);
     }
     if (full_rows < rows) {
-      transpose<T, L / 2>(src + full_rows * src_stride, src_stride, rows - full_rows, cols,
-                          dst + full_rows, dst_stride);
+      transpose<T, kFromMemory, L / 2>(src + full_rows * src_stride, src_stride, rows - full_rows,
+                                       cols, dst + full_rows, dst_stride);
     }
   }
 }
