@@ -140,9 +140,10 @@ void multiply_group_of(const BlockProductArgs<T>& args, int64_t first_list, int6
           first + kStoredOutputs<T> < outputs ? kStoredOutputs<T> : outputs - first;
       const int64_t first_output = list * list_outputs + first;
       T* output = args.output.data + first_output;
-      // The lines that the outputs go to are fetched while these are computed.
+      // The lines that the next outputs go to are fetched while these are computed; those of the
+      // first are late.
       for (int64_t n = 0; n < samples; ++n) {
-        __builtin_prefetch(output + n * args.output.row_stride, 1);
+        __builtin_prefetch(output + n * args.output.row_stride + count, 1);
       }
       multiply(args.weight, list, first, first + count, features, panel, result);
       finish<T, Vectors>(args.bias ? args.bias + first_output : nullptr, args.activation, count,
