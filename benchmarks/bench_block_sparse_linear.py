@@ -138,6 +138,8 @@ def _onnxruntime_dense(layer: fp.BlockSparseLinear, input: torch.Tensor, thread_
     model = onnx.helper.make_model(graph, opset_imports=opset, ir_version=8)
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = thread_count
+    # Its threads would go on spinning, on the cores that torch's then need.
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     session = onnxruntime.InferenceSession(
         model.SerializeToString(), options, providers=["CPUExecutionProvider"]
     )
