@@ -116,15 +116,10 @@ Tensor ablated_cross_entropy_cpu(const Tensor& logits, const Tensor& hidden, con
                p = torch::stable::contiguous(pieces);
   std::optional<Tensor> s;
   if (sample_weight) s = torch::stable::contiguous(*sample_weight);
-  switch (logits.scalar_type()) {
-    case ScalarType::Float:
-      return run<float>(l, h, w, t, p, s);
-    case ScalarType::Double:
-      return run<double>(l, h, w, t, p, s);
-    default:
-      throw_value_error(kOp, ": `logits` must have dtype Float or Double, got ",
-                        dtype_text(logits.scalar_type()));
-  }
+  Tensor result;
+  with_floating_type(kOp, "logits", logits,
+                     [&](auto zero) { result = run<decltype(zero)>(l, h, w, t, p, s); });
+  return result;
 }
 
 }  // namespace

@@ -25,19 +25,25 @@ constexpr int64_t kLargestBlock = 128;
 
 inline int64_t ceil_divide(int64_t a, int64_t b) { return a / b + (a % b != 0); }
 
+// Everything of the indices that can be checked without reading them.
+inline void check_indices(const char* op, const Tensor& like, const Tensor& crow_indices,
+                          const Tensor& col_indices) {
+  check_same_device(op, "crow_indices", crow_indices, like);
+  check_same_device(op, "col_indices", col_indices, like);
+  check_dtype(op, "crow_indices", crow_indices, ScalarType::Int);
+  check_dtype(op, "col_indices", col_indices, ScalarType::Int);
+  check_dim(op, "crow_indices", crow_indices, 1);
+  check_dim(op, "col_indices", col_indices, 1);
+}
+
 // Everything of the weight's parts that can be checked without reading the indices; `input` is the
 // argument whose device and dtype the others share.
 inline void check_weight(const char* op, const Tensor& input, const Tensor& packed_values,
                          const Tensor& crow_indices, const Tensor& col_indices) {
   check_same_device(op, "packed_values", packed_values, input);
-  check_same_device(op, "crow_indices", crow_indices, input);
-  check_same_device(op, "col_indices", col_indices, input);
   check_dtype(op, "packed_values", packed_values, input.scalar_type());
-  check_dtype(op, "crow_indices", crow_indices, ScalarType::Int);
-  check_dtype(op, "col_indices", col_indices, ScalarType::Int);
   check_dim(op, "packed_values", packed_values, 3);
-  check_dim(op, "crow_indices", crow_indices, 1);
-  check_dim(op, "col_indices", col_indices, 1);
+  check_indices(op, input, crow_indices, col_indices);
   check_size(op, "col_indices", col_indices, 0, packed_values.size(0));
   const int64_t rows = packed_values.size(2), cols = packed_values.size(1);
   if (rows < 1 || cols < 1 || rows > kLargestBlock || cols > kLargestBlock) {

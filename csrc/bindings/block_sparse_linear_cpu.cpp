@@ -60,17 +60,9 @@ Tensor block_sparse_linear_cpu(const Tensor& input, const Tensor& packed_values,
   std::optional<Tensor> contiguous_bias;
   if (bias) contiguous_bias = as_contiguous(*bias);
   const Tensor output = empty_tensor(input, with_features(input, out_features));
-  switch (input.scalar_type()) {
-    case ScalarType::Float:
-      run<float>(matrix, values, crow, col, contiguous_bias, activation, output);
-      break;
-    case ScalarType::Double:
-      run<double>(matrix, values, crow, col, contiguous_bias, activation, output);
-      break;
-    default:
-      throw_value_error(kOp, ": `input` must have dtype Float or Double, got ",
-                        dtype_text(input.scalar_type()));
-  }
+  with_floating_type(kOp, "input", input, [&](auto zero) {
+    run<decltype(zero)>(matrix, values, crow, col, contiguous_bias, activation, output);
+  });
   return output;
 }
 
@@ -119,17 +111,9 @@ Tensor block_sparse_linear_input_gradient_cpu(const Tensor& grad_output,
   const Tensor crow = as_contiguous(crow_indices);
   const Tensor col = as_contiguous(col_indices);
   const Tensor grad_input = empty_tensor(grad_output, with_features(grad_output, in_features));
-  switch (grad_output.scalar_type()) {
-    case ScalarType::Float:
-      run_input_gradient<float>(matrix, values, crow, col, grad_input);
-      break;
-    case ScalarType::Double:
-      run_input_gradient<double>(matrix, values, crow, col, grad_input);
-      break;
-    default:
-      throw_value_error(kInputGradientOp, ": `grad_output` must have dtype Float or Double, got ",
-                        dtype_text(grad_output.scalar_type()));
-  }
+  with_floating_type(kInputGradientOp, "grad_output", grad_output, [&](auto zero) {
+    run_input_gradient<decltype(zero)>(matrix, values, crow, col, grad_input);
+  });
   return grad_input;
 }
 

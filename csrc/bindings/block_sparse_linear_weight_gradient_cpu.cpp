@@ -47,13 +47,8 @@ Tensor block_sparse_linear_weight_gradient_cpu(const Tensor& grad_output, const 
   check_has_features(kOp, "grad_output", grad_output);
   check_has_features(kOp, "input", input);
   check_same_device(kOp, "input", input, grad_output);
-  check_same_device(kOp, "crow_indices", crow_indices, grad_output);
-  check_same_device(kOp, "col_indices", col_indices, grad_output);
   check_dtype(kOp, "input", input, grad_output.scalar_type());
-  check_dtype(kOp, "crow_indices", crow_indices, ScalarType::Int);
-  check_dtype(kOp, "col_indices", col_indices, ScalarType::Int);
-  check_dim(kOp, "crow_indices", crow_indices, 1);
-  check_dim(kOp, "col_indices", col_indices, 1);
+  check_indices(kOp, grad_output, crow_indices, col_indices);
   check_dim(kOp, "input", input, grad_output.dim());
   for (int64_t d = 0; d + 1 < input.dim(); ++d) {
     check_size(kOp, "input", input, d, grad_output.size(d));
@@ -68,17 +63,9 @@ Tensor block_sparse_linear_weight_gradient_cpu(const Tensor& grad_output, const 
   const Tensor crow = as_contiguous(crow_indices);
   const Tensor col = as_contiguous(col_indices);
   const Tensor grad_values = empty_tensor(grad_output, {col.size(0), cols, rows});
-  switch (grad_output.scalar_type()) {
-    case ScalarType::Float:
-      run<float>(grad_matrix, input_matrix, crow, col, grad_values);
-      break;
-    case ScalarType::Double:
-      run<double>(grad_matrix, input_matrix, crow, col, grad_values);
-      break;
-    default:
-      throw_value_error(kOp, ": `grad_output` must have dtype Float or Double, got ",
-                        dtype_text(grad_output.scalar_type()));
-  }
+  with_floating_type(kOp, "grad_output", grad_output, [&](auto zero) {
+    run<decltype(zero)>(grad_matrix, input_matrix, crow, col, grad_values);
+  });
   return grad_values;
 }
 

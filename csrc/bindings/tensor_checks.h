@@ -43,6 +43,21 @@ inline void check_dtype(const char* op, const char* name, const Tensor& tensor,
   }
 }
 
+// Calls function(float{}) or function(double{}), by the dtype of a tensor.
+template <class Function>
+void with_floating_type(const char* op, const char* name, const Tensor& tensor,
+                        const Function& function) {
+  switch (tensor.scalar_type()) {
+    case ScalarType::Float:
+      return function(float{});
+    case ScalarType::Double:
+      return function(double{});
+    default:
+      throw_value_error(op, ": `", name, "` must have dtype Float or Double, got ",
+                        dtype_text(tensor.scalar_type()));
+  }
+}
+
 inline void check_dim(const char* op, const char* name, const Tensor& tensor, int64_t expected) {
   if (tensor.dim() != expected) {
     throw_value_error(op, ": `", name, "` must have ", expected, " dimensions, got shape ",
