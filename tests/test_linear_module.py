@@ -194,6 +194,17 @@ def test_a_state_of_another_layer_is_refused_and_changes_nothing():
         assert torch.equal(tensor, before[name])
 
 
+def test_a_state_without_its_weights_must_fit_those_that_stay():
+    _, sparse, _ = _pair()
+    state = sparse.state_dict()
+    del state["packed_values"]
+    sparse.load_state_dict(state, strict=False)
+    state["col_indices"] = state["col_indices"].flip(0)
+    with pytest.raises(ValueError, match="no valid structure: `col_indices`"):
+        sparse.load_state_dict(state, strict=False)
+    sparse.block_sparse_weight.validate()
+
+
 @pytest.mark.parametrize(
     "optimizer",
     [

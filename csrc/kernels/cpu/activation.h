@@ -1,5 +1,5 @@
 // Activations of a vector. All have the form max(x, 0) - |x| q(|x|), with q from 1/2 at 0 to 0 at
-// infinity: neither tail loses digits, and NaN stays NaN.
+// infinity: nothing cancels where the result is small, and NaN stays NaN.
 #pragma once
 
 #include "../types.h"

@@ -165,27 +165,25 @@ class BlockSparseLinear(nn.Module):
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         """Take over another pattern of blocks; refuse one that kernels must not read through."""
-        parts = [state_dict.get(prefix + name) for name in ("packed_values", "crow_indices", "col_indices")]
-        # Parts that are missing are torch's to report, which then copies none of them.
-        if all(part is not None for part in parts):
+        names = ("packed_values", "crow_indices", "col_indices")
+        if any(prefix + name in state_dict for name in names):
+            # Where a part is missing, which torch reports, the others must fit the one that stays.
+            parts = tuple(state_dict.get(prefix + name, getattr(self, name)) for name in names)
             packed_values, crow_indices, col_indices = parts
             try:
                 BlockSparseTensor(
-                    packed_values,  # type: ignore[arg-type]
-                    crow_indices,  # type: ignore[arg-type]
-                    col_indices,  # type: ignore[arg-type]
-                    (self.out_features, self.in_features),
+                    packed_values, crow_indices, col_indices, (self.out_features, self.in_features)
                 )
             except ValueError as error:
                 raise ValueError(
                     f"the state of '{prefix.rstrip('.')}' is no valid structure: {error}"
                 ) from error
             # The parameter and the buffers stay the same objects, as optimisers hold them.
-            for name, part in zip(("packed_values", "crow_indices", "col_indices"), parts, strict=True):
+            for name, part in zip(names, parts, strict=True):
                 own = getattr(self, name)
-                if part.shape != own.shape:  # type: ignore[union-attr]
+                if part.shape != own.shape:
                     own.grad = None
-                    own.data = torch.empty(part.shape, dtype=own.dtype, device=own.device)  # type: ignore[union-attr]
+                    own.data = torch.empty(part.shape, dtype=own.dtype, device=own.device)
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     def extra_repr(self) -> str:
