@@ -50,6 +50,7 @@ BlockProductWork plan_block_product(const BlockProductArgs<T>& args, int64_t thr
     work.groups = (work.groups + threads - 1) / threads * threads;
     if (work.groups > work.units) work.groups = work.units;
   }
+  work.stream_output = work.transposed && can_stream(args.output);
   work.cost_per_unit = args.weight.offsets[args.weight.lists] + args.weight.lists;
   work.total = work.units * work.cost_per_unit;
   work.scratch_size =
@@ -69,7 +70,7 @@ void block_product(const BlockProductArgs<T>& args, const BlockProductWork& work
     // The part of [begin, end) in this group, in positions of one unit.
     const int64_t group_begin = begin - first_unit * work.cost_per_unit;
     const int64_t group_end = end - first_unit * work.cost_per_unit;
-    if (group_end <= 0) return;
+    if (group_end <= 0) break;
     if (group_begin >= width * work.cost_per_unit) continue;
     // Rounded up at both ends, so that ranges that meet neither overlap nor leave a gap.
     const int64_t first =
@@ -82,11 +83,12 @@ void block_product(const BlockProductArgs<T>& args, const BlockProductWork& work
         last_unit * unit < args.input.rows ? last_unit * unit : args.input.rows;
     const BlockProductArgs<T> group_args = samples_of(args, first_unit * unit, last_sample);
     if (work.transposed) {
-      multiply_group(group_args, width, first, last, scratch);
+      multiply_group(group_args, width, work.stream_output, first, last, scratch);
     } else {
       for (int64_t list = first; list < last; ++list) multiply_few_samples(group_args, list);
     }
   }
+  if (work.stream_output) stream_fence();
 }
 
 template BlockProductWork plan_block_product(const BlockProductArgs<float>&, int64_t);

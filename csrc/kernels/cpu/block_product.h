@@ -49,6 +49,7 @@ struct BlockProductWork {
   int64_t total;          // positions: units * cost_per_unit
   int64_t scratch_size;   // elements that each thread needs
   bool transposed;
+  bool stream_output;  // past the caches
 };
 
 }  // namespace fastprune

@@ -115,10 +115,35 @@ void finish(const T* bias, Activation activation, int64_t outputs, T* result) {
 template <class T>
 constexpr int64_t kStoredOutputs = 64 / sizeof(T);
 
+// Whether outputs are better written past the caches. From about 4 MiB on that pays even where the
+// next layer reads them (four layers of 768 x 768, 90 % sparse: 1.01 to 1.13 times faster from 1024
+// samples on, slower below). Every vector must be aligned.
+template <class T>
+bool can_stream(const MatrixView<T>& output) {
+  constexpr int64_t kWorthwhile = int64_t{4} << 20;
+  constexpr int64_t kSize = sizeof(T);
+  return kCanStream && output.rows * output.cols * kSize >= kWorthwhile &&
+         output.row_stride % kStoredOutputs<T> == 0 &&
+         reinterpret_cast<uintptr_t>(output.data) % 64 == 0;
+}
+
+// dst[n][o] = result[o][n] for one cache line of outputs and the panel's whole width.
+template <class T, int Vectors>
+void stream_outputs(const T* result, T* dst, int64_t dst_stride) {
+  constexpr int L = kLanes<T>;
+  constexpr int64_t kWidth = Vectors * L;
+  for (int64_t n = 0; n < kWidth; n += L) {
+    for (int64_t o = 0; o < kStoredOutputs<T>; o += L) {
+      transpose_square<T, L, true>(result + o * kWidth + n, kWidth, dst + n * dst_stride + o,
+                                   dst_stride);
+    }
+  }
+}
+
 // One group of samples, lists [first_list, last_list). args.input and args.output are the group's.
 template <class T, int Vectors>
-void multiply_group_of(const BlockProductArgs<T>& args, int64_t first_list, int64_t last_list,
-                       T* scratch) {
+void multiply_group_of(const BlockProductArgs<T>& args, bool stream_output, int64_t first_list,
+                       int64_t last_list, T* scratch) {
   constexpr int64_t kWidth = Vectors * kLanes<T>;
   const int64_t samples = args.input.rows, features = args.input.cols;
   const int64_t list_outputs = args.weight.outputs;
@@ -140,30 +165,36 @@ void multiply_group_of(const BlockProductArgs<T>& args, int64_t first_list, int6
           first + kStoredOutputs<T> < outputs ? kStoredOutputs<T> : outputs - first;
       const int64_t first_output = list * list_outputs + first;
       T* output = args.output.data + first_output;
+      const bool stream = stream_output && samples == kWidth && count == kStoredOutputs<T> &&
+                          first_output % kStoredOutputs<T> == 0;
       // The lines that the next outputs go to are fetched while these are computed; those of the
       // first are late.
-      for (int64_t n = 0; n < samples; ++n) {
+      for (int64_t n = 0; !stream && n < samples; ++n) {
         __builtin_prefetch(output + n * args.output.row_stride + count, 1);
       }
       multiply(args.weight, list, first, first + count, features, panel, result);
       finish<T, Vectors>(args.bias ? args.bias + first_output : nullptr, args.activation, count,
                          result);
-      transpose(result, kWidth, count, samples, output, args.output.row_stride);
+      if (stream) {
+        stream_outputs<T, Vectors>(result, output, args.output.row_stride);
+      } else {
+        transpose(result, kWidth, count, samples, output, args.output.row_stride);
+      }
     }
   }
 }
 
 template <class T>
-void multiply_group(const BlockProductArgs<T>& args, int64_t vectors, int64_t first_list,
-                    int64_t last_list, T* scratch) {
+void multiply_group(const BlockProductArgs<T>& args, int64_t vectors, bool stream_output,
+                    int64_t first_list, int64_t last_list, T* scratch) {
   static_assert(kPanelVectors == 3);
   switch (vectors) {
     case 1:
-      return multiply_group_of<T, 1>(args, first_list, last_list, scratch);
+      return multiply_group_of<T, 1>(args, stream_output, first_list, last_list, scratch);
     case 2:
-      return multiply_group_of<T, 2>(args, first_list, last_list, scratch);
+      return multiply_group_of<T, 2>(args, stream_output, first_list, last_list, scratch);
     default:
-      return multiply_group_of<T, 3>(args, first_list, last_list, scratch);
+      return multiply_group_of<T, 3>(args, stream_output, first_list, last_list, scratch);
   }
 }
 

@@ -21,7 +21,8 @@ inline Vec<T, L> interleave(Vec<T, L> a, Vec<T, L> b, std::integer_sequence<int,
 #endif
 }
 
-template <class T, int L>
+// kStream: dst is written past the caches.
+template <class T, int L, bool kStream = false>
 inline void transpose_square(const T* src, int64_t src_stride, T* dst, int64_t dst_stride) {
   using Lanes = std::make_integer_sequence<int, L>;
   Vec<T, L> rows[L], shuffled[L];
@@ -38,7 +39,13 @@ inline void transpose_square(const T* src, int64_t src_stride, T* dst, int64_t d
     for (int i = 0; i < L; ++i) rows[i] = shuffled[i];
   }
 #pragma GCC unroll 16
-  for (int i = 0; i < L; ++i) store(dst + i * dst_stride, rows[i]);
+  for (int i = 0; i < L; ++i) {
+    if constexpr (kStream) {
+      stream(dst + i * dst_stride, rows[i]);
+    } else {
+      store(dst + i * dst_stride, rows[i]);
+    }
+  }
 }
 
 // kFromMemory: src is not in the first-level cache, and is fetched 512 bytes ahead. The hardware

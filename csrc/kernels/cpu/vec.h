@@ -4,6 +4,10 @@
 // instructions. All is in an anonymous namespace, so no AVX code is shared with another file.
 #pragma once
 
+#if defined(__AVX__)
+#include <immintrin.h>
+#endif
+
 #include <cmath>
 #include <cstdint>
 #include <type_traits>
@@ -53,6 +57,28 @@ inline To bit_cast(From value) {
   __builtin_memcpy(&result, &value, sizeof(To));
   return result;
 }
+
+// Stores past the caches, to a multiple of the vector's size; the stores that make up a cache line
+// should follow each other. stream_fence() makes them visible to other threads.
+#if defined(__AVX__)
+constexpr bool kCanStream = true;
+template <class T, class V>
+inline void stream(T* target, V value) {
+#if defined(__AVX512F__)
+  _mm512_stream_si512(reinterpret_cast<__m512i*>(target), bit_cast<__m512i>(value));
+#else
+  _mm256_stream_si256(reinterpret_cast<__m256i*>(target), bit_cast<__m256i>(value));
+#endif
+}
+inline void stream_fence() { _mm_sfence(); }
+#else
+constexpr bool kCanStream = false;
+template <class T, class V>
+inline void stream(T* target, V value) {
+  store(target, value);
+}
+inline void stream_fence() {}
+#endif
 
 template <class V, class T>
 inline V broadcast(T value) {
