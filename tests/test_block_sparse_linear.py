@@ -62,6 +62,20 @@ def test_every_number_of_samples_fills_its_register_tiles(isa: str, samples: int
         assert_matches(run(input, weight, bias, "relu"), expected(input, weight, bias, "relu"), 64)
 
 
+@pytest.mark.parametrize("blocksize", [(8, 8), (16, 16), (24, 5), (48, 16)], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_large_outputs_are_written_past_the_caches_right(
+    isa: str, blocksize: tuple[int, int], dtype: torch.dtype
+) -> None:
+    # From 4 MiB on: aligned rows, rows that are not, a last group of few samples, a last block row cut off.
+    torch.manual_seed(0)
+    for samples, out_features in ((1029, 1040), (1029, 1049), (2072, 528)):
+        weight = make_weight(out_features, 20, blocksize, 0.5, dtype)
+        input, bias = torch.randn(samples, 20, dtype=dtype), torch.randn(out_features, dtype=dtype)
+        assert 4 * samples * out_features >= 4 << 20
+        assert_matches(run(input, weight, bias, "relu"), expected(input, weight, bias, "relu"), 20)
+
+
 @pytest.mark.parametrize("in_features", [512, 1024, 2048])
 def test_rows_that_share_cache_sets_are_copied_right(isa: str, in_features: int) -> None:
     torch.manual_seed(0)

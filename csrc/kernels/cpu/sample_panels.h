@@ -82,8 +82,8 @@ __attribute__((noinline)) void multiply_panel_tile(const BlockLists<T>& weight, 
 // Outputs [output, end) of a list into consecutive rows of `result`, in ever lower tiles: any
 // number of outputs is covered.
 template <class T, bool kUnitStride, int Outputs, int Vectors>
-void multiply_panel(const BlockLists<T>& weight, int64_t list, int64_t output, int64_t end,
-                    int64_t features, const T* panel, T* result) {
+void multiply_list(const BlockLists<T>& weight, int64_t list, int64_t output, int64_t end,
+                   int64_t features, const T* panel, T* result) {
   constexpr int64_t kWidth = Vectors * kLanes<T>;
   for (; output + Outputs <= end; output += Outputs, result += Outputs * kWidth) {
     multiply_panel_tile<T, kUnitStride, Outputs, Vectors>(weight, list, output, features, panel,
@@ -91,9 +91,24 @@ void multiply_panel(const BlockLists<T>& weight, int64_t list, int64_t output, i
   }
   if constexpr (Outputs > 1) {
     if (output < end) {
-      multiply_panel<T, kUnitStride, Outputs / 2, Vectors>(weight, list, output, end, features,
-                                                           panel, result);
+      multiply_list<T, kUnitStride, Outputs / 2, Vectors>(weight, list, output, end, features,
+                                                          panel, result);
     }
+  }
+}
+
+// Outputs [output, end) of the whole product, which may span lists.
+template <class T, bool kUnitStride, int Vectors>
+void multiply_outputs(const BlockLists<T>& weight, int64_t output, int64_t end, int64_t features,
+                      const T* panel, T* result) {
+  constexpr int64_t kWidth = Vectors * kLanes<T>;
+  while (output < end) {
+    const int64_t list = output / weight.outputs, list_begin = list * weight.outputs;
+    const int64_t list_end = list_begin + weight.outputs < end ? list_begin + weight.outputs : end;
+    multiply_list<T, kUnitStride, kPanelOutputs, Vectors>(
+        weight, list, output - list_begin, list_end - list_begin, features, panel, result);
+    result += (list_end - output) * kWidth;
+    output = list_end;
   }
 }
 
@@ -147,9 +162,8 @@ void multiply_group_of(const BlockProductArgs<T>& args, bool stream_output, int6
   constexpr int64_t kWidth = Vectors * kLanes<T>;
   const int64_t samples = args.input.rows, features = args.input.cols;
   const int64_t list_outputs = args.weight.outputs;
-  const auto multiply = args.weight.output_stride == 1
-                            ? multiply_panel<T, true, kPanelOutputs, Vectors>
-                            : multiply_panel<T, false, kPanelOutputs, Vectors>;
+  const auto multiply = args.weight.output_stride == 1 ? multiply_outputs<T, true, Vectors>
+                                                       : multiply_outputs<T, false, Vectors>;
   T* panel = scratch;
   T* result = scratch + features * kWidth;
   transpose<T, true>(args.input.data, args.input.row_stride, samples, features, panel, kWidth);
@@ -157,24 +171,26 @@ void multiply_group_of(const BlockProductArgs<T>& args, bool stream_output, int6
   for (int64_t i = 0; samples < kWidth && i < features; ++i) {
     for (int64_t n = samples; n < kWidth; ++n) panel[i * kWidth + n] = T{};
   }
-  for (int64_t list = first_list; list < last_list; ++list) {
-    const int64_t remaining = args.output.cols - list * list_outputs;
-    const int64_t outputs = list_outputs < remaining ? list_outputs : remaining;
-    for (int64_t first = 0; first < outputs; first += kStoredOutputs<T>) {
-      const int64_t count =
-          first + kStoredOutputs<T> < outputs ? kStoredOutputs<T> : outputs - first;
-      const int64_t first_output = list * list_outputs + first;
-      T* output = args.output.data + first_output;
+  // Lists of few outputs are stored together.
+  const int64_t lists_together =
+      kStoredOutputs<T> % list_outputs == 0 ? kStoredOutputs<T> / list_outputs : 1;
+  for (int64_t list = first_list, next; list < last_list; list = next) {
+    next = (list / lists_together + 1) * lists_together;
+    if (next > last_list) next = last_list;
+    const int64_t end =
+        next * list_outputs < args.output.cols ? next * list_outputs : args.output.cols;
+    for (int64_t first = list * list_outputs; first < end; first += kStoredOutputs<T>) {
+      const int64_t count = first + kStoredOutputs<T> < end ? kStoredOutputs<T> : end - first;
+      T* output = args.output.data + first;
       const bool stream = stream_output && samples == kWidth && count == kStoredOutputs<T> &&
-                          first_output % kStoredOutputs<T> == 0;
+                          first % kStoredOutputs<T> == 0;
       // The lines that the next outputs go to are fetched while these are computed; those of the
       // first are late.
       for (int64_t n = 0; !stream && n < samples; ++n) {
         __builtin_prefetch(output + n * args.output.row_stride + count, 1);
       }
-      multiply(args.weight, list, first, first + count, features, panel, result);
-      finish<T, Vectors>(args.bias ? args.bias + first_output : nullptr, args.activation, count,
-                         result);
+      multiply(args.weight, first, first + count, features, panel, result);
+      finish<T, Vectors>(args.bias ? args.bias + first : nullptr, args.activation, count, result);
       if (stream) {
         stream_outputs<T, Vectors>(result, output, args.output.row_stride);
       } else {
