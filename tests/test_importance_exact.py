@@ -170,10 +170,10 @@ CASES = {
     "batch norm with a hook": Case(_hooked_norm, norms={"0": "1"}),
     "residual, relu module in place": Case(lambda: ResidualInPlace("module")),
     "residual, functional relu in place": Case(lambda: ResidualInPlace("functional")),
-    "residual, relu_": Case(lambda: ResidualInPlace("method"), traced=False),
+    "residual, relu_": Case(lambda: ResidualInPlace("method")),
     "residual, += on an alias": Case(lambda: ResidualInPlace("iadd"), traced=False),
-    "residual, in place and read again": Case(lambda: ResidualInPlace("aliased"), traced=False),
-    "input written in place": Case(WritesIntoInput, traced=False),
+    "residual, in place and read again": Case(lambda: ResidualInPlace("aliased")),
+    "input written in place": Case(WritesIntoInput),
     "convolutions": Case(
         SmallConvNet,
         _images,

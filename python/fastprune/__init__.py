@@ -9,7 +9,7 @@ from ._library import build_info, cpu_isa, set_cpu_isa, supported_cpu_isas, vers
 from .block_sparse import BlockSparseTensor
 from .compress import CompressionResult, compress
 from .distillation import distill
-from .granularity import Block, Element, Granularity, Unit
+from .granularity import Block, Element, Granularity, Head, InputUnit, Layer, ParameterTensor, Unit
 from .importance import ImportanceScores, score
 from .masks import Budget, Masks, apply_masks_, remove_masks_
 from .metrics import Comparison, compare, evaluate
@@ -27,8 +27,12 @@ __all__ = [
     "CompressionResult",
     "Element",
     "Granularity",
+    "Head",
     "ImportanceScores",
+    "InputUnit",
+    "Layer",
     "Masks",
+    "ParameterTensor",
     "Unit",
     "__version__",
     "apply_masks_",

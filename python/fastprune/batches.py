@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import random
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
@@ -34,17 +35,27 @@ class Batch(NamedTuple):
         keywords = tuple(sorted((key, type(value)) for key, value in self.kwargs.items()))
         return (tuple(type(value) for value in self.args), keywords)
 
-    def head(self, size: int) -> Batch:
-        """Return the first ``size`` samples."""
-        if size >= self.size:
-            return self
+    def samples(self, begin: int, end: int) -> Batch:
+        """Return samples [begin, end): those of every tensor that has one entry for each sample."""
 
         def cut(tensor: Tensor) -> Tensor:
             has_samples = tensor.dim() > 0 and tensor.shape[0] == self.size
-            return tensor[:size] if has_samples else tensor
+            return tensor[begin:end] if has_samples else tensor
 
         args, kwargs, targets = tree_map_only(Tensor, cut, (self.args, self.kwargs, self.targets))
-        return Batch(args, kwargs, targets, size)
+        return Batch(args, kwargs, targets, end - begin)
+
+    def head(self, size: int) -> Batch:
+        """Return the first ``size`` samples."""
+        return self if size >= self.size else self.samples(0, size)
+
+    def split(self, size: int) -> list[Batch]:
+        """Return the batch in parts of nearly equal sizes, none above ``size``."""
+        count = -(-self.size // size)
+        if count <= 1:
+            return [self]
+        bounds = [self.size * part // count for part in range(count + 1)]
+        return [self.samples(*pair) for pair in itertools.pairwise(bounds)]
 
     def fresh(self) -> Batch:
         """Return the batch with copies of its inputs, for a model that may write into them."""

@@ -48,8 +48,21 @@ class Granularity(abc.ABC):
 
     @property
     def masks_whole_units(self) -> bool:
-        """Whether masking takes a unit's bias and batch-norm channel along with its weights."""
+        """Whether masking takes a unit's bias along with its weights."""
         return False
+
+    @property
+    def masks_norms(self) -> bool:
+        """Whether masking takes a unit's batch-norm channel along with it."""
+        return False
+
+    def expand_units(self, pieces: Tensor, out: int) -> Tensor:
+        """Spread one entry per piece over the ``out`` units, where pieces are whole units."""
+        raise ValueError(f"pieces of {self} are not made of whole units")
+
+    def for_layer(self, name: str, module: nn.Module, model: nn.Module) -> Granularity | None:
+        """Return the granularity with what this layer adds to it, or None where it has no such pieces."""
+        return self
 
     def sizes(self, weight_shape: torch.Size) -> Tensor:
         """Count the real weights of each piece, padding left out, as int64."""
@@ -79,24 +92,177 @@ class Unit(Granularity):
 
     The batch norm counts when it is the only consumer of the layer's output, which is seen where the
     model can be traced.
+
+    Example:
+        >>> fp.score(model, loader, granularity=fp.Unit(group_size=32))    # 32 neighbouring units a piece
+
+    Args:
+        group_size: how many neighbouring units are one piece; scores are ``[ceil(out / group_size)]``.
+        norm: whether the batch-norm channel goes with the unit.
+
+    Raises:
+        ValueError: ``group_size`` is below 1.
+
     """
+
+    group_size: int = 1
+    norm: bool = True
+
+    def __post_init__(self) -> None:
+        check_count(self.group_size, "group_size")
 
     @property
     def masks_whole_units(self) -> bool:
         """Whether the bias goes with the weights: always."""
         return True
 
+    @property
+    def masks_norms(self) -> bool:
+        """Whether the batch-norm channel goes with the unit."""
+        return self.norm
+
     def shape(self, weight_shape: torch.Size) -> torch.Size:
-        """Return ``[out]``."""
-        return torch.Size(weight_shape[:1])
+        """Return ``[ceil(out / group_size)]``."""
+        return torch.Size([-(-weight_shape[0] // self.group_size)])
 
     def sum_pieces(self, per_weight: Tensor) -> Tensor:
-        """Sum each row."""
-        return per_weight.flatten(1).sum(1)
+        """Sum each group of rows."""
+        return _sum_groups(per_weight.flatten(1).sum(1), self.group_size)
 
     def expand(self, pieces: Tensor, weight_shape: torch.Size) -> Tensor:
-        """Repeat each entry over its row."""
-        return pieces.view(-1, *[1] * (len(weight_shape) - 1)).expand(weight_shape)
+        """Repeat each entry over its rows."""
+        rows = self.expand_units(pieces, weight_shape[0])
+        return rows.view(-1, *[1] * (len(weight_shape) - 1)).expand(weight_shape)
+
+    def expand_units(self, pieces: Tensor, out: int) -> Tensor:
+        """Repeat each entry over its units."""
+        return pieces.repeat_interleave(self.group_size)[:out]
+
+
+@dataclasses.dataclass(frozen=True)
+class InputUnit(Granularity):
+    """What one input feature, or one input channel in all kernel taps, feeds; scores are ``[in]``.
+
+    Args:
+        groups: those of a grouped convolution; taken from the layer.
+
+    """
+
+    groups: int = 1
+
+    def for_layer(self, name: str, module: nn.Module, model: nn.Module) -> Granularity:
+        """Return the granularity with the layer's groups."""
+        return InputUnit(getattr(module, "groups", 1))
+
+    def shape(self, weight_shape: torch.Size) -> torch.Size:
+        """Return ``[in]``, the inputs of all groups."""
+        return torch.Size([weight_shape[1] * self.groups])
+
+    def sum_pieces(self, per_weight: Tensor) -> Tensor:
+        """Sum each input's column, in the rows of its group."""
+        out, inputs = per_weight.shape[:2]
+        return per_weight.reshape(self.groups, out // self.groups, inputs, -1).sum((1, 3)).flatten()
+
+    def expand(self, pieces: Tensor, weight_shape: torch.Size) -> Tensor:
+        """Repeat each entry over its column."""
+        out, inputs = weight_shape[:2]
+        columns = pieces.view(self.groups, inputs).repeat_interleave(out // self.groups, 0)
+        return columns.view(out, inputs, *[1] * (len(weight_shape) - 2)).expand(weight_shape)
+
+
+# How attention modules call the projection behind their heads, and the number of these.
+_OUTPUT_PROJECTIONS = ("out_proj", "o_proj", "proj", "out_lin", "o", "dense")
+_HEAD_COUNTS = ("num_heads", "num_attention_heads", "n_heads")
+
+
+@dataclasses.dataclass(frozen=True)
+class Head(Granularity):
+    """The columns of an attention's output projection that one head feeds; scores are ``[heads]``.
+
+    Example:
+        >>> fp.score(model, loader, granularity=fp.Head())
+        >>> fp.score(model, loader, granularity=fp.Head(8), include="*.mix")      # a projection of your own
+
+    Args:
+        num_heads: of the layers that ``include`` names; None recognises the output projections of
+            torch's and Hugging Face's attention and reads the number from the module around them.
+
+    Raises:
+        ValueError: ``num_heads`` is below 1, or does not divide a layer's inputs.
+
+    """
+
+    num_heads: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.num_heads is not None:
+            check_count(self.num_heads, "num_heads")
+
+    def for_layer(self, name: str, module: nn.Module, model: nn.Module) -> Granularity | None:
+        """Return the granularity with the layer's number of heads, None where it is no output projection."""
+        if not isinstance(module, nn.Linear):
+            return None
+        num_heads = self.num_heads
+        if num_heads is None:
+            parent_name, _, own_name = name.rpartition(".")
+            if own_name not in _OUTPUT_PROJECTIONS:
+                return None
+            parent = model.get_submodule(parent_name)
+            around = model.get_submodule(parent_name.rpartition(".")[0])
+            # Hugging Face's BERT has the heads in `attention.self`, beside `attention.output.dense`.
+            siblings = [parent, *(around.children() if own_name == "dense" else ())]
+            counts = [getattr(owner, count, None) for owner in siblings for count in _HEAD_COUNTS]
+            num_heads = next((count for count in counts if isinstance(count, int)), None)
+            if num_heads is None:
+                return None
+        if module.in_features % num_heads:
+            raise ValueError(
+                f"`granularity` has {num_heads} heads, which do not divide the {module.in_features} inputs "
+                f"of layer '{name}'"
+            )
+        return Head(num_heads)
+
+    def _count(self) -> int:
+        if self.num_heads is None:
+            raise ValueError("Head() needs `num_heads`, which for_layer takes from a layer")
+        return self.num_heads
+
+    def shape(self, weight_shape: torch.Size) -> torch.Size:
+        """Return ``[heads]``."""
+        return torch.Size([self._count()])
+
+    def sum_pieces(self, per_weight: Tensor) -> Tensor:
+        """Sum each head's columns."""
+        return per_weight.view(per_weight.shape[0], self._count(), -1).sum((0, 2))
+
+    def expand(self, pieces: Tensor, weight_shape: torch.Size) -> Tensor:
+        """Repeat each entry over its head's columns."""
+        return pieces.repeat_interleave(weight_shape[1] // self._count()).expand(weight_shape)
+
+
+@dataclasses.dataclass(frozen=True)
+class Layer(Granularity):
+    """A whole layer: its output becomes its input where shapes agree, else zeros; scores are scalars.
+
+    ``include`` may name modules of any kind, whole blocks too.
+    """
+
+    def shape(self, weight_shape: torch.Size) -> torch.Size:
+        """Return ``[]``."""
+        return torch.Size([])
+
+    def sum_pieces(self, per_weight: Tensor) -> Tensor:
+        """Sum everything."""
+        return per_weight.sum()
+
+    def expand(self, pieces: Tensor, weight_shape: torch.Size) -> Tensor:
+        """Repeat the entry over all weights."""
+        return pieces.expand(weight_shape)
+
+
+@dataclasses.dataclass(frozen=True)
+class ParameterTensor(Layer):
+    """A whole parameter, set to zero; scores are scalars, and named like the model's parameters."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -143,6 +309,17 @@ class Block(Granularity):
         return weight_from_taps(taps[: weight_shape[0], :, : weight_shape[1]].contiguous(), weight_shape)
 
 
+def _sum_groups(values: Tensor, group_size: int) -> Tensor:
+    """Sum neighbouring entries, the last group possibly smaller."""
+    return F.pad(values, (0, -len(values) % group_size)).view(-1, group_size).sum(1)
+
+
+def check_count(count: int, name: str) -> None:
+    """Raise ValueError unless a count is an integer of at least 1."""
+    if isinstance(count, bool) or not isinstance(count, int) or count < 1:
+        raise ValueError(f"`{name}` must be an integer of at least 1, got {count!r}")
+
+
 def check_blocksize(blocksize: tuple[int, int], name: str = "blocksize") -> None:
     """Raise ValueError unless both sides of a block are integers from 1 to 128."""
     valid = (
@@ -158,7 +335,8 @@ def check_granularity(granularity: object) -> Granularity:
     """Return the granularity, or raise TypeError for anything else."""
     if not isinstance(granularity, Granularity):
         raise TypeError(
-            f"`granularity` must be fp.Block(rows, cols), fp.Unit() or fp.Element(), got {granularity!r}"
+            "`granularity` must be fp.Block(rows, cols), fp.Unit(), fp.InputUnit(), fp.Head(), fp.Element(), "
+            f"fp.Layer() or fp.ParameterTensor(), got {granularity!r}"
         )
     return granularity
 

@@ -1,4 +1,4 @@
-"""Tracing a model once, and running only the part of it that depends on one layer.
+"""A model as a graph of calls without side effects, and running only the part that depends on one node.
 
 The prefix of a masked layer does not depend on the mask: its values are computed once per batch and
 kept. The suffix is run again for each mask.
@@ -10,7 +10,8 @@ import contextlib
 import inspect
 import operator
 import warnings
-from collections.abc import Iterator
+import weakref
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -19,23 +20,15 @@ from torch import Tensor, fx, nn
 
 from .batches import Batch
 from .granularity import is_scorable
-from .layers import has_forward_hooks
 
-# act(x)[i] depends on x[i] alone, in eval mode.
-ELEMENTWISE_MODULES = (
-    nn.ReLU, nn.ReLU6, nn.GELU, nn.SiLU, nn.Tanh, nn.Sigmoid, nn.LeakyReLU, nn.ELU, nn.SELU, nn.CELU,
-    nn.Mish, nn.Softplus, nn.Softsign, nn.Hardswish, nn.Hardsigmoid, nn.Hardtanh, nn.LogSigmoid,
-    nn.Identity, nn.Dropout,
-)  # fmt: skip
-ELEMENTWISE_FUNCTIONS = (
-    F.relu, torch.relu, F.relu6, F.gelu, F.silu, torch.tanh, F.tanh, torch.sigmoid, F.sigmoid, F.leaky_relu,
-    F.elu, F.selu, F.mish, F.softplus, F.hardswish, F.hardsigmoid, F.hardtanh,
-)  # fmt: skip
-ELEMENTWISE_METHODS = ("relu", "tanh", "sigmoid")
-_IN_PLACE_FUNCTIONS = (
-    operator.iadd, operator.isub, operator.imul, operator.itruediv, operator.iand, operator.ior,
-    operator.setitem,
-)  # fmt: skip
+_IN_PLACE_OPERATORS = {
+    operator.iadd: operator.add,
+    operator.isub: operator.sub,
+    operator.imul: operator.mul,
+    operator.itruediv: operator.truediv,
+    operator.iand: operator.and_,
+    operator.ior: operator.or_,
+}
 
 
 class _Tracer(fx.Tracer):
@@ -44,59 +37,51 @@ class _Tracer(fx.Tracer):
         return is_scorable(module) or super().is_leaf_module(module, qualified_name)
 
 
-def _writes_in_place(node: fx.Node) -> bool:
-    if node.kwargs.get("out") is not None:
-        return True
-    if node.op == "call_method":
-        name = str(node.target)
-        return name.endswith("_") and not name.endswith("__")
-    if node.op == "call_function":
-        name = getattr(node.target, "__name__", "")
-        return node.target in _IN_PLACE_FUNCTIONS or (name.endswith("_") and not name.endswith("__"))
-    return False
-
-
 class TracedModel:
     """A model as a graph of calls without side effects.
 
     Example:
         >>> traced = TracedModel.trace(model)
         >>> values = traced.run(batch)
-        >>> logits = traced.run_suffix(values, traced.single_call(model.layer1), masked_output)
+        >>> logits = run_changed(traced, values, traced.single_call(model.layer1), masked_output)
 
     """
 
-    def __init__(self, graph: fx.Graph, model: nn.Module) -> None:
+    def __init__(self, graph: fx.Graph, model: nn.Module, constants: dict[str, Any] | None = None) -> None:
         self.graph = graph
         self.model = model
         self.nodes = list(graph.nodes)
         self.output_node = self.nodes[-1]
+        self.node_ops: dict[fx.Node, Any] = {}  # filled by node_ops.py
+        self._constants = constants or {}
         self._modules = dict(model.named_modules(remove_duplicate=False))
-        self._parameter_names = list(inspect.signature(model.forward).parameters)
         self._suffixes: dict[fx.Node, list[fx.Node]] = {}
         self._uses: dict[fx.Node, set[int]] = {}
 
     @classmethod
     def trace(cls, model: nn.Module) -> TracedModel | None:
-        """Return the traced model, or None where torch.fx cannot trace it or it writes in place.
+        """Return the traced model, or None where torch.fx cannot trace it.
 
-        The trace freezes ``training`` flags as they are: switch to eval mode first.
+        The trace freezes ``training`` flags as they are: switch to eval mode first. It is kept as long as
+        the model lives and has the same modules; what a trace cannot see, such as a number that a forward
+        reads from an attribute, may have changed since, so compare what it gives with what the model gives
+        and call ``forget`` if they differ.
         """
-        try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")
-                graph = _Tracer().trace(model)
-        except Exception:  # a model's own code runs here, and may fail on a proxy in any way
-            return None
-        for node in graph.nodes:
-            if _writes_in_place(node):
-                return None
-            if node.kwargs.get("inplace"):
-                node.update_kwarg("inplace", False)
-        return cls(graph, model)
+        fingerprint = _fingerprint(model)
+        kept = _TRACES.get(model)
+        if kept is None or kept[0] != fingerprint:
+            kept = (fingerprint, *_trace(model))
+            _TRACES[model] = kept
+        _, graph, constants = kept
+        return None if graph is None else cls(graph, model, constants)
+
+    @staticmethod
+    def forget(model: nn.Module) -> None:
+        """Let the next ``trace`` of a model trace it anew."""
+        _TRACES.pop(model, None)
 
     @contextlib.contextmanager
-    def _functional(self) -> Iterator[None]:
+    def functional(self) -> Iterator[None]:
         """Switch off the modules that write into their input, which would corrupt kept values."""
         in_place = [module for module in self.model.modules() if getattr(module, "inplace", False) is True]
         for module in in_place:
@@ -107,9 +92,14 @@ class TracedModel:
             for module in in_place:
                 module.inplace = True  # type: ignore[assignment]
 
+    def module_name(self, node: fx.Node) -> str | None:
+        """Return the name of the module that a node calls, or None."""
+        return str(node.target) if node.op == "call_module" else None
+
     def module_of(self, node: fx.Node) -> nn.Module | None:
         """Return the module that a node calls, or None."""
-        return self._modules.get(str(node.target)) if node.op == "call_module" else None
+        name = self.module_name(node)
+        return None if name is None else self._modules.get(name)
 
     def single_call(self, module: nn.Module) -> fx.Node | None:
         """Return the node that calls a module with one argument, or None where that is not its only use.
@@ -130,13 +120,20 @@ class TracedModel:
             used: list[Any] = []
             if node.op == "call_module":
                 used = list(self._modules[str(node.target)].modules())
+                used += [tensor for module in used for tensor in module._parameters.values()]
             elif node.op == "get_attr":
-                used = [operator.attrgetter(str(node.target))(self.model)]
+                used = [self._attribute(str(node.target))]
             self._uses[node] = {id(part) for part in used}
         return self._uses[node]
 
-    def _evaluate(self, node: fx.Node, values: dict[fx.Node, Any]) -> Any:
-        args, kwargs = fx.node.map_arg((node.args, node.kwargs), values.__getitem__)
+    def _attribute(self, target: str) -> Any:
+        if target in self._constants:
+            return self._constants[target]
+        return operator.attrgetter(target)(self.model)
+
+    def evaluate(self, node: fx.Node, value_of: Callable[[fx.Node], Any]) -> Any:
+        """Return the value of a node, given a function that returns those of its inputs."""
+        args, kwargs = fx.node.map_arg((node.args, node.kwargs), value_of)
         if node.op == "call_module":
             return self._modules[str(node.target)](*args, **kwargs)
         if node.op == "call_function":
@@ -144,7 +141,7 @@ class TracedModel:
         if node.op == "call_method":
             return getattr(args[0], str(node.target))(*args[1:], **kwargs)
         if node.op == "get_attr":
-            return operator.attrgetter(str(node.target))(self.model)
+            return self._attribute(str(node.target))
         return args[0]  # output
 
     def run(self, batch: Batch) -> dict[fx.Node, Any]:
@@ -157,15 +154,16 @@ class TracedModel:
         bound = inspect.signature(self.model.forward).bind(*batch.args, **batch.kwargs)
         bound.apply_defaults()
         values: dict[fx.Node, Any] = {}
-        with self._functional():
+        with self.functional():
             for node in self.nodes:
                 if node.op == "placeholder":
                     values[node] = bound.arguments[str(node.target).lstrip("*")]
                 else:
-                    values[node] = self._evaluate(node, values)
+                    values[node] = self.evaluate(node, values.__getitem__)
         return values
 
-    def _suffix(self, start: fx.Node) -> list[fx.Node]:
+    def suffix(self, start: fx.Node) -> list[fx.Node]:
+        """Return the nodes that depend on one, in the order they run."""
         if start not in self._suffixes:
             dependent = {start}
             suffix = []
@@ -175,14 +173,6 @@ class TracedModel:
                     suffix.append(node)
             self._suffixes[start] = suffix
         return self._suffixes[start]
-
-    def run_suffix(self, values: dict[fx.Node, Any], start: fx.Node, new_value: Tensor) -> Any:
-        """Return the model's output with one node's value replaced."""
-        suffix_values = _Overlay(values, start, new_value)
-        with self._functional():
-            for node in self._suffix(start):
-                suffix_values[node] = self._evaluate(node, suffix_values)
-        return suffix_values[self.output_node]
 
     def only_consumer(self, node: fx.Node) -> fx.Node | None:
         """Return the one node that uses a node's value, as its first argument, or None."""
@@ -199,31 +189,69 @@ class TracedModel:
             return self.single_call(norm)
         return None
 
-    def is_elementwise(self, node: fx.Node) -> bool:
-        """Tell whether a node applies a known elementwise function to one input."""
-        if node.op == "call_module":
-            module = self.module_of(node)
-            return isinstance(module, ELEMENTWISE_MODULES) and not has_forward_hooks(module)
-        if len(node.all_input_nodes) != 1 or len(node.args) != 1:
+
+# Model to the fingerprint it was traced with, the graph (None where that failed), and tensors that
+# belong to the graph alone. The graph holds no reference to the model.
+_Kept = tuple[tuple, fx.Graph | None, dict[str, Any]]
+_TRACES: weakref.WeakKeyDictionary[nn.Module, _Kept] = weakref.WeakKeyDictionary()
+
+
+def _fingerprint(model: nn.Module) -> tuple:
+    """Return what a trace depends on: the modules, their classes, and the hooks on them."""
+    return tuple(
+        (name, id(module), type(module), *module._forward_hooks, *module._forward_pre_hooks)
+        for name, module in model.named_modules(remove_duplicate=False)
+    )
+
+
+def _trace(model: nn.Module) -> tuple[fx.Graph | None, dict[str, Any]]:
+    before = set(vars(model))
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            graph = _Tracer().trace(model)
+    except Exception:  # a model's own code runs here, and may fail on a proxy in any way
+        return None, {}
+    # Tensors that a forward makes from nothing are left on the model: they go with the graph.
+    constants = {name: vars(model)[name] for name in vars(model).keys() - before}
+    return (graph, constants) if _make_functional(graph, model) else (None, {})
+
+
+def _make_functional(graph: fx.Graph, model: nn.Module) -> bool:
+    """Replace calls that write into their first argument; False where one cannot be replaced.
+
+    Who reads that argument later reads the call's result. That leaves out reads through another name of
+    the same memory, which is why a trace is compared with its model before it is used.
+    """
+    order = {node: index for index, node in enumerate(graph.nodes)}
+    for node in list(graph.nodes):
+        if node.kwargs.get("out") is not None or node.target is operator.setitem:
             return False
-        if node.op == "call_function":
-            return node.target in ELEMENTWISE_FUNCTIONS
-        return node.op == "call_method" and node.target in ELEMENTWISE_METHODS
+        in_place = node.kwargs.get("inplace") is True
+        if in_place:
+            node.update_kwarg("inplace", False)
+        elif node.op == "call_module":  # switched off while the graph runs
+            in_place = getattr(model.get_submodule(str(node.target)), "inplace", False) is True
+        elif node.op == "call_method" and _ends_in_place(str(node.target)):
+            name = str(node.target)[:-1]
+            if not callable(getattr(Tensor, name, None)):
+                return False
+            node.target, in_place = name, True
+        elif node.op == "call_function":
+            name = getattr(node.target, "__name__", "")
+            replacement = _IN_PLACE_OPERATORS.get(node.target)
+            if replacement is None and _ends_in_place(name):
+                replacement = getattr(torch, name[:-1], None) or getattr(F, name[:-1], None)
+                if replacement is None:
+                    return False
+            if replacement is not None:
+                node.target, in_place = replacement, True
+        if in_place and isinstance(node.args[0], fx.Node):
+            source = node.args[0]
+            for user in [user for user in source.users if order[user] > order[node]]:
+                user.replace_input_with(source, node)
+    return True
 
-    def run_chain(self, chain: list[fx.Node], value: Tensor) -> Tensor:
-        """Apply a chain of elementwise nodes to a value."""
-        with self._functional():
-            for node in chain:
-                value = self._evaluate(node, {node.all_input_nodes[0]: value})
-        return value
 
-
-class _Overlay(dict):
-    """Values of the suffix in front of the kept values of the prefix, which stay untouched."""
-
-    def __init__(self, values: dict[fx.Node, Any], start: fx.Node, new_value: Tensor) -> None:
-        super().__init__({start: new_value})
-        self._values = values
-
-    def __missing__(self, node: fx.Node) -> Any:
-        return self._values[node]
+def _ends_in_place(name: str) -> bool:
+    return name.endswith("_") and not name.endswith("__")

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from .granularity import Granularity, check_granularity
+from .granularity import Granularity, Layer, ParameterTensor, check_granularity
 from .layers import check_model
 
 
@@ -58,6 +58,8 @@ class Masks(Mapping[str, Tensor]):
         granularity: what a piece is.
         weight_shapes: layer name to the weight's shape, by which masks of another model are recognised.
         norms: layer name to the batch norm whose channels go with the layer's units.
+        granularities: layer name to the granularity with what that layer adds, such as a number of
+            heads; None where all are ``granularity`` itself.
 
     """
 
@@ -67,8 +69,10 @@ class Masks(Mapping[str, Tensor]):
         granularity: Granularity,
         weight_shapes: Mapping[str, torch.Size],
         norms: Mapping[str, str] | None = None,
+        granularities: Mapping[str, Granularity] | None = None,
     ) -> None:
         self.granularity = check_granularity(granularity)
+        self._granularities = dict(granularities or {})
         self.weight_shapes = {name: torch.Size(shape) for name, shape in weight_shapes.items()}
         self.norms = dict(norms or {})
         self._masks = dict(masks)
@@ -77,7 +81,7 @@ class Masks(Mapping[str, Tensor]):
                 raise ValueError(f"`weight_shapes` must name each layer of `masks`, '{name}' is missing")
             if not isinstance(mask, Tensor):
                 raise TypeError(f"mask of layer '{name}' must be a tensor, got {type(mask).__name__}")
-            expected = granularity.shape(self.weight_shapes[name])
+            expected = self.granularity_of(name).shape(self.weight_shapes[name])
             if mask.dtype != torch.bool or mask.shape != expected:
                 raise ValueError(
                     f"mask of layer '{name}' must be bool of shape {list(expected)}, "
@@ -93,11 +97,15 @@ class Masks(Mapping[str, Tensor]):
     def __len__(self) -> int:
         return len(self._masks)
 
+    def granularity_of(self, name: str) -> Granularity:
+        """Return the granularity of one layer, with what the layer adds to it."""
+        return self._granularities.get(name, self.granularity)
+
     def sparsity(self, name: str | None = None) -> float:
         """Return the pruned share of the real weights of one layer, or of all layers."""
         kept = total = 0
         for layer in [name] if name is not None else self:
-            sizes = self.granularity.sizes(self.weight_shapes[layer])
+            sizes = self.granularity_of(layer).sizes(self.weight_shapes[layer])
             total += int(sizes.sum())
             kept += int(sizes[self[layer].cpu()].sum())
         return 1.0 - kept / total if total else 0.0
@@ -166,18 +174,30 @@ def _targets(model: nn.Module, masks: Masks) -> list[tuple[nn.Module, str, Tenso
     modules = dict(model.named_modules())
     targets = []
     for name, mask in masks.items():
-        module = modules.get(name)
-        weight = getattr(module, "weight", None)
+        granularity = masks.granularity_of(name)
+        module_name, parameter = name, "weight"
+        if isinstance(granularity, ParameterTensor):
+            module_name, _, parameter = name.rpartition(".")
+        elif isinstance(granularity, Layer):
+            raise ValueError(
+                "`masks` are of whole layers, which no mask on a weight can take out: replace the layers "
+                "that are False in `masks` by torch.nn.Identity where shapes agree"
+            )
+        module = modules.get(module_name)
+        weight = getattr(module, parameter, None)
         if module is None or not isinstance(weight, Tensor):
-            raise ValueError(f"`masks` are of another model: it has no layer '{name}' with a weight")
+            raise ValueError(
+                f"`masks` are of another model: it has no layer '{module_name}' with a {parameter}"
+            )
         shape = masks.weight_shapes[name]
         if weight.shape != shape:
             raise ValueError(
-                f"`masks` are of another model: layer '{name}' must have a weight of shape {list(shape)}, "
-                f"got {list(weight.shape)}"
+                f"`masks` are of another model: layer '{module_name}' must have a {parameter} of shape "
+                f"{list(shape)}, got {list(weight.shape)}"
             )
-        targets.append((module, "weight", masks.granularity.expand(mask, shape).contiguous()))
-        if masks.granularity.masks_whole_units:
+        targets.append((module, parameter, granularity.expand(mask, shape).contiguous()))
+        if granularity.masks_whole_units:
+            units = granularity.expand_units(mask, shape[0])
             owners = [module]
             if name in masks.norms:
                 norm = modules.get(masks.norms[name])
@@ -186,9 +206,9 @@ def _targets(model: nn.Module, masks: Masks) -> list[tuple[nn.Module, str, Tenso
                         f"`masks` are of another model: it has no batch norm '{masks.norms[name]}' "
                         f"of {shape[0]} channels"
                     )
-                targets.append((norm, "weight", mask))
+                targets.append((norm, "weight", units))
                 owners.append(norm)
-            targets += [(owner, "bias", mask) for owner in owners]
+            targets += [(owner, "bias", units) for owner in owners]
     targets = [target for target in targets if getattr(target[0], target[1]) is not None]
     for module, parameter, _ in targets:
         if module._parameters.get(parameter) is None and not parametrize.is_parametrized(module, parameter):

@@ -1,8 +1,8 @@
 """Exact loss deltas: the change of the loss when one piece is masked.
 
 Three ways, each exact, the first that applies:
-  fused    the last Linear, or units before it through an elementwise activation: one kernel for all masks
-  suffix   a traced model: the masked layer's output is updated, and only what depends on it runs again
+  fused    the last Linear, or units that reach it channel by channel: one kernel for all masks
+  suffix   a traced model: from the masked layer on, only what changes is computed again
   forward  any model: the whole model runs with the masked weight
 """
 
@@ -16,11 +16,14 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn.utils import parametrize
 
-from .. import ops
 from ..batches import Batch, Loss, OutputTransform, read_logits
+from ..channel_changes import run_changed
 from ..granularity import Block, Element, Granularity, Unit, weight_from_taps, weight_of
 from ..graph import TracedModel
 from ..layers import has_forward_hooks, is_plain
+from ..node_ops import node_op
+from .fused import fused_deltas
+from .piece_changes import piece_changes
 
 Advance = Callable[[int], None]
 
@@ -71,8 +74,8 @@ class LossDeltas:
         self.total_weight = 0.0
 
     @torch.no_grad()
-    def add(self, batch: Batch, values: dict[fx.Node, Any] | None = None) -> None:
-        """Add the deltas of one batch; ``values`` are those of the traced model, if known already.
+    def add(self, batch: Batch) -> None:
+        """Add the deltas of one batch.
 
         Raises:
             ValueError: the loss, or the delta of a layer, is NaN or inf; the message names the layer.
@@ -80,7 +83,8 @@ class LossDeltas:
         """
         if self.signature is None:
             self.signature = batch.signature()
-        if values is None and self.traced is not None and batch.signature() == self.signature:
+        values = None
+        if self.traced is not None and batch.signature() == self.signature:
             values = self.traced.run(batch)
         output = batch.fresh().call(self.model) if values is None else values[self.traced.output_node]  # type: ignore[union-attr]
         logits = read_logits(output, self.output_transform)
@@ -126,8 +130,6 @@ class LossDeltas:
                 return f": layer '{node.target}' is the first with such outputs"
         return " for a batch of `loader`"
 
-    # -- fused ---------------------------------------------------------------------------------------
-
     def _fused(
         self,
         name: str,
@@ -136,11 +138,10 @@ class LossDeltas:
         values: dict[fx.Node, Any] | None,
         logits: Tensor,
     ) -> Tensor | None:
-        """Deltas by the fused kernel, or None where it does not apply."""
-        traced = self.traced
-        targets = batch.targets
+        """Deltas by one kernel, or None where there is none."""
+        targets, node = batch.targets, self._plain_call(name, module)
         if (
-            traced is None
+            node is None
             or values is None
             or not self.loss.is_plain_cross_entropy
             or self.output_transform is not None
@@ -152,48 +153,17 @@ class LossDeltas:
             or logits.dtype not in (torch.float32, torch.float64)
         ):
             return None
-        last_node = traced.output_node.args[0]
-        last = traced.module_of(last_node) if isinstance(last_node, fx.Node) else None
-        node = self._plain_call(name, module)
-        if not isinstance(last, nn.Linear) or not is_plain(last) or node is None:
-            return None
-        assert isinstance(last_node, fx.Node)
-        if traced.single_call(last) is not last_node:
-            return None
-        hidden = values[last_node.all_input_nodes[0]]
-        if hidden.dim() != 2 or hidden.dtype != logits.dtype:
-            return None
-        classes, features = last.weight.shape
-        weight = last.weight
-        if module is last:
-            if isinstance(self.pieces, Block):
-                pieces = _block_rectangles(self.pieces, last.weight.shape)
-            else:
-                # A unit's bias goes with its row: one more column of weights, whose input is 1.
-                bias = last.bias if last.bias is not None else weight.new_zeros(classes)
-                weight = torch.cat([weight, bias[:, None]], dim=1)
-                hidden = torch.cat([hidden, hidden.new_ones(len(hidden), 1)], dim=1)
-                pieces = [(c, c + 1, 0, features + 1) for c in range(classes)]
-        else:
-            if not isinstance(self.pieces, Unit):
-                return None
-            start = self._unit_node(name, node)
-            chain = _elementwise_chain(traced, start, last_node)
-            if chain is None or values[start].shape != hidden.shape:
-                return None
-            hidden = hidden - traced.run_chain(chain, hidden.new_zeros(1, features))
-            pieces = [(0, classes, j, j + 1) for j in range(features)]
         kept = targets != self.loss.ignore_index
-        return ops.ablated_cross_entropy(
-            logits,
-            hidden,
-            weight,
+        assert self.traced is not None
+        return fused_deltas(
+            self.traced,
+            values,
+            self._unit_node(name, node),
+            node,
+            self.pieces,
             torch.where(kept, targets, 0),
-            torch.tensor(pieces, dtype=torch.int32).view(-1, 4),
             None if bool(kept.all()) else kept.to(logits.dtype),
         )
-
-    # -- suffix and forward --------------------------------------------------------------------------
 
     def _one_by_one(
         self,
@@ -205,9 +175,10 @@ class LossDeltas:
     ) -> Tensor:
         """Deltas by one masked suffix, or one masked forward, for each piece."""
         node = self._plain_call(name, module)
+        outputs = None
         if node is not None and values is not None:
-            outputs = self._masked_suffixes(name, module, node, values)
-        else:
+            outputs = self._masked_suffixes(name, node, values)
+        if outputs is None:
             outputs = self._masked_forwards(name, module, batch)
         deltas = torch.zeros_like(self.sums[name])
         for index, output in enumerate(outputs):
@@ -231,42 +202,19 @@ class LossDeltas:
         assert self.traced is not None
         return (self.traced.batch_norm_of(node) or node) if name in self.norms else node
 
-    def _masked_suffixes(
-        self, name: str, module: nn.Module, node: fx.Node, values: dict[fx.Node, Any]
-    ) -> Iterator[Any]:
-        """The model's output for each piece masked; None where masking changes nothing."""
+    def _masked_suffixes(self, name: str, node: fx.Node, values: dict[fx.Node, Any]) -> Iterator[Any] | None:
+        """The model's output for each piece masked, None where masking changes nothing; or None where the
+        layer's pieces are not changes of its output.
+        """  # noqa: D205
         traced = self.traced
         assert traced is not None
-        weight = weight_of(module)
-        if isinstance(self.pieces, Unit):
-            start = self._unit_node(name, node)
-            channel_dim = -1 if isinstance(module, nn.Linear) else -3
-            for unit in range(weight.shape[0]):
-                if not bool(values[start].select(channel_dim, unit).any()):
-                    yield None
-                    continue
-                masked = values[start].clone()
-                masked.select(channel_dim, unit).zero_()
-                yield traced.run_suffix(values, start, masked)
-            return
-        x, z = values[node.args[0]], values[node]  # type: ignore[index]
-        if not isinstance(module, nn.Linear):
-            for masked_weight in _masked_weights(self.pieces, weight):
-                if masked_weight is None:
-                    yield None
-                    continue
-                with _replaced([(module, "weight", masked_weight)]):
-                    masked = module(x)
-                yield traced.run_suffix(values, node, masked)
-            return
-        for row_begin, row_end, col_begin, col_end in _block_rectangles(self.pieces, weight.shape):
-            block = weight[row_begin:row_end, col_begin:col_end]
-            if not bool(block.any()):
-                yield None
-                continue
-            masked = z.clone()
-            masked[..., row_begin:row_end] -= x[..., col_begin:col_end] @ block.T
-            yield traced.run_suffix(values, node, masked)
+        op = node_op(traced, node)
+        if op is None:
+            return None
+        changes = piece_changes(node, op, self.pieces, self._unit_node(name, node), values)
+        if changes is None:
+            return None
+        return (None if change is None else run_changed(traced, values, *change) for change in changes)
 
     def _masked_forwards(self, name: str, module: nn.Module, batch: Batch) -> Iterator[Any]:
         """The same by running the whole model with replaced parameters, which come back after each run."""
@@ -335,26 +283,3 @@ def _masked_weights(pieces: Granularity, weight: Tensor) -> Iterator[Tensor | No
         piece = torch.zeros(shape.numel(), dtype=torch.bool, device=weight.device)
         piece[index] = True
         yield weight.masked_fill(pieces.expand(piece.view(shape), weight.shape), 0.0)
-
-
-def _block_rectangles(block: Granularity, weight_shape: torch.Size) -> list[tuple[int, int, int, int]]:
-    """The blocks of a Linear weight as row_begin, row_end, col_begin, col_end, row-major."""
-    assert isinstance(block, Block)
-    out_features, in_features = weight_shape
-    return [
-        (row, min(row + block.rows, out_features), col, min(col + block.cols, in_features))
-        for row in range(0, out_features, block.rows)
-        for col in range(0, in_features, block.cols)
-    ]
-
-
-def _elementwise_chain(traced: TracedModel, start: fx.Node, end: fx.Node) -> list[fx.Node] | None:
-    """The elementwise nodes between two nodes, or None where anything else lies between them."""
-    chain = []
-    node = traced.only_consumer(start)
-    while node is not None and node is not end:
-        if not traced.is_elementwise(node):
-            return None
-        chain.append(node)
-        node = traced.only_consumer(node)
-    return chain if node is end else None

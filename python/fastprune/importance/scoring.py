@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 from torch.nn.utils import parametrize
 from tqdm.auto import tqdm
 
@@ -30,6 +30,9 @@ from .loss_delta import LossDeltas
 from .scores import ImportanceScores
 
 CRITERIA = ("loss_delta", "magnitude")
+
+# What a trace is compared on with its model, and how often weights are used is counted on.
+_PROBE_SAMPLES = 32
 
 
 class _EvalMode:
@@ -142,15 +145,15 @@ def score(
             ) as bar:
                 deltas = None
                 for batch in iterate_batches(loader, model_device(model), max_samples):
-                    values = None
                     if deltas is None:
-                        first = _first_forward(model, layers, batch)
+                        probe = batch.head(_PROBE_SAMPLES)
+                        first = _first_forward(model, layers, probe)
                         norms = _fitting(norms, layers, first)
-                        traced, values = _checked(traced, batch, first.output)
+                        traced = _checked(model, traced, probe, first.output)
                         deltas = LossDeltas(
                             model, layers, granularity, loss, output_transform, traced, norms, bar.update
                         )
-                    deltas.add(batch, values)
+                    deltas.add(batch)
                     num_samples += batch.size
             assert deltas is not None
             scores = deltas.result()
@@ -185,7 +188,7 @@ def _norms(model: nn.Module, layers: dict[str, nn.Module], traced: TracedModel |
         norm_node = traced.batch_norm_of(node) if node is not None else None
         norm = traced.module_of(norm_node) if norm_node is not None else None
         if norm is not None and norm.affine and norm.num_features == weight_of(module).shape[0]:
-            norms[name] = str(norm_node.target)  # type: ignore[union-attr]
+            norms[name] = str(traced.module_name(norm_node))  # type: ignore[arg-type]
     return norms
 
 
@@ -244,20 +247,22 @@ def _fitting(norms: dict[str, str], layers: dict[str, nn.Module], first: _FirstF
 
 
 @torch.no_grad()
-def _checked(
-    traced: TracedModel | None, batch: Batch, expected: Any
-) -> tuple[TracedModel | None, dict[fx.Node, Any] | None]:
-    """Return the traced model and its values if it gives what the model gave; a warning and None if not."""
+def _checked(model: nn.Module, traced: TracedModel | None, batch: Batch, expected: Any) -> TracedModel | None:
+    """Return the traced model if it gives what the model gave; a warning and None if not."""
     reason = "torch.fx cannot trace it"
-    if traced is not None:
+    for attempt in range(2):
+        if traced is None:
+            break
         try:
-            values = traced.run(batch)
-            output = values[traced.output_node]
+            output = traced.run(batch)[traced.output_node]
             torch.testing.assert_close(output, expected, rtol=1e-4, atol=1e-5, equal_nan=True)
-            return traced, values
+            return traced
         except Exception as error:  # whatever differs, masked forwards are right
             reason = f"its trace does not give the same output ({type(error).__name__})"
+        TracedModel.forget(model)
+        if attempt == 0:  # the trace may be one of an earlier call
+            traced = TracedModel.trace(model)
     warnings.warn(
         f"fastprune: the model is scored by masked forwards, which is slower: {reason}", stacklevel=4
     )
-    return None, None
+    return None

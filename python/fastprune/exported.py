@@ -1,0 +1,127 @@
+"""Tracing by torch.export, for models that torch.fx cannot follow.
+
+Slower to trace than torch.fx (a second or more) and bound to the shapes and the arguments it has seen, but it
+runs through control flow on arguments and shapes, and what it gives writes to nothing.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import warnings
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.utils import _pytree as pytree
+
+from .batches import Batch
+from .graph import TracedModel
+
+_aten = torch.ops.aten
+_LAYER_TARGETS = {_aten.linear.default, _aten.conv2d.default, _aten.batch_norm.default}
+
+
+class ExportedModel(TracedModel):
+    """A model as the graph that torch.export makes of it.
+
+    Example:
+        >>> exported = ExportedModel.export(model, batch)
+        >>> values = exported.run(batch)
+
+    """
+
+    def __init__(self, program: torch.export.ExportedProgram, model: nn.Module) -> None:
+        signature = program.graph_signature
+        super().__init__(program.graph, model)
+        self._out_spec = program.call_spec.out_spec
+        self._user_inputs = list(signature.user_inputs)
+        self._lifted: dict[str, str] = {**signature.inputs_to_parameters, **signature.inputs_to_buffers}
+        self._tensors = {
+            name: program.constants[target]
+            for name, target in signature.inputs_to_lifted_tensor_constants.items()
+        }
+
+    @classmethod
+    def export(cls, model: nn.Module, batch: Batch) -> ExportedModel | None:
+        """Return the exported model, or None where torch.export fails."""
+        try:
+            with warnings.catch_warnings(), _quiet():
+                warnings.simplefilter("ignore")
+                program = torch.export.export(model, batch.args, batch.kwargs, strict=False)
+                program = program.run_decompositions({})
+        except Exception:  # a model's own code runs here, and may fail on a fake tensor in any way
+            return None
+        if any(node.op == "get_attr" for node in program.graph.nodes):
+            return None  # control flow with branches of its own
+        return cls(program, model)
+
+    @contextlib.contextmanager
+    def functional(self) -> Iterator[None]:
+        """Do nothing: the graph calls no modules."""
+        yield
+
+    def run(self, batch: Batch) -> dict[fx.Node, Any]:
+        """Return the value of every node for a batch with the shapes of the one that was exported."""
+        inputs = dict(zip(self._user_inputs, pytree.tree_leaves((batch.args, batch.kwargs)), strict=True))
+        values: dict[fx.Node, Any] = {}
+        for node in self.nodes:
+            if node.op != "placeholder":
+                values[node] = self.evaluate(node, values.__getitem__)
+            elif node.name in inputs:
+                values[node] = inputs[node.name]
+            elif node.name in self._tensors:
+                values[node] = self._tensors[node.name]
+            else:
+                values[node] = self._attribute(self._lifted[node.name])
+        return values
+
+    def evaluate(self, node: fx.Node, value_of: Any) -> Any:
+        """Return the value of a node; the output has the structure of the model's."""
+        value = super().evaluate(node, value_of)
+        return pytree.tree_unflatten(value, self._out_spec) if node is self.output_node else value
+
+    def module_name(self, node: fx.Node) -> str | None:
+        """Return the name of the layer that a node computes, or None."""
+        return _module_path(node) if node.target in _LAYER_TARGETS else None
+
+    def single_call(self, module: nn.Module) -> fx.Node | None:
+        """Return the node that computes a layer, or None where that is not the only use of its tensors."""
+        names = {name for name, known in self._modules.items() if known is module}
+        calls = [node for node in self.nodes if self.module_name(node) in names]
+        if len(calls) != 1:
+            return None
+        owned = {id(tensor) for tensor in (*module.parameters(), *module.buffers())}
+        for node in self.nodes:
+            lifted = self._lifted.get(node.name) if node.op == "placeholder" else None
+            if lifted is not None and id(self._attribute(lifted)) in owned:
+                paths = [_module_path(user) or "" for user in node.users]
+                if not all(path.split(".parametrizations")[0] in names for path in paths):
+                    return None
+        return calls[0]
+
+
+def _module_path(node: fx.Node) -> str | None:
+    stack = node.meta.get("nn_module_stack")
+    return str(next(reversed(stack.values()))[0]) if stack else None
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep torch.export's log lines about what it cannot export from the user."""
+    logger = logging.getLogger("torch")
+    before = logger.level
+    logger.setLevel(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        logger.setLevel(before)
+
+
+def shapes_of(batch: Batch) -> tuple:
+    """Return what an exported graph is bound to: the structure, shapes and dtypes of a batch's inputs."""
+    leaves, spec = pytree.tree_flatten((batch.args, batch.kwargs))
+    return spec, tuple(
+        (leaf.shape, leaf.dtype) if isinstance(leaf, Tensor) else repr(leaf) for leaf in leaves
+    )

@@ -1,0 +1,143 @@
+"""Where one kernel gives the loss deltas of all pieces of a layer at once.
+
+The last Linear in front of a cross-entropy, and what reaches it through functions that keep channels
+apart: activations, batch norms, residual sums, pools.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from .. import ops
+from ..granularity import Block, Granularity, Head, InputUnit, Unit
+from ..graph import TracedModel
+from ..node_ops import NodeOp, node_op
+from .piece_changes import rectangles
+
+Values = dict[fx.Node, Any]
+
+_KEEP_CHANNELS_APART = ("elementwise", "batch_norm", "channelwise", "flatten")
+
+
+def fused_deltas(
+    traced: TracedModel,
+    values: Values,
+    start: fx.Node,
+    layer: fx.Node,
+    pieces: Granularity,
+    targets: Tensor,
+    kept: Tensor | None,
+) -> Tensor | None:
+    """Return the summed cross-entropy deltas of a layer's pieces, or None where no kernel applies.
+
+    Args:
+        traced: the model; its output is the logits, ``[samples, classes]``.
+        values: the value of every node.
+        start: the node whose channels a masked unit sets to zero: the layer, or the batch norm after it.
+        layer: the call of the layer.
+        pieces: the granularity, with what the layer adds to it.
+        targets: ``[samples]``, class indices.
+        kept: ``[samples]``, 0 for samples that are left out; None where all count.
+
+    Returns:
+        ``[pieces]``, float64.
+
+    """
+    last_node = traced.output_node.args[0]
+    last = node_op(traced, last_node) if isinstance(last_node, fx.Node) else None
+    if last is None or last.kind != "linear":
+        return None
+    assert isinstance(last_node, fx.Node)
+    logits, hidden = values[last_node], values[last.input]
+    if hidden.dim() != 2 or hidden.dtype != logits.dtype:
+        return None
+    weight, bias = last.tensors(values)
+    assert weight is not None
+    classes, features = weight.shape
+    if layer is last_node:
+        if isinstance(pieces, Unit):
+            # A unit's bias goes with its row: one more column of weights, whose input is 1.
+            column = bias if bias is not None else weight.new_zeros(classes)
+            weight = torch.cat([weight, column[:, None]], dim=1)
+            hidden = torch.cat([hidden, hidden.new_ones(len(hidden), 1)], dim=1)
+        masked = _rectangles_of(pieces, weight.shape)
+    else:
+        if not isinstance(pieces, Unit):
+            return None
+        width = _columns_of_a_unit(traced, values, start, last_node, last)
+        if width is None:
+            return None
+        hidden = hidden - _input_of_last(traced, values, start, last_node, last)
+        size = pieces.group_size * width
+        masked = [(0, classes, j, min(j + size, features)) for j in range(0, features, size)]
+    if masked is None:
+        return None
+    rectangle_tensor = torch.tensor(masked, dtype=torch.int32, device=logits.device).view(-1, 4)
+    return ops.ablated_cross_entropy(logits, hidden, weight, targets, rectangle_tensor, kept)
+
+
+def _rectangles_of(pieces: Granularity, shape: torch.Size) -> list[tuple[int, int, int, int]] | None:
+    """The pieces of the last layer as row_begin, row_end, col_begin, col_end."""
+    classes, features = shape
+    if isinstance(pieces, Block):
+        return rectangles(pieces, shape)
+    if isinstance(pieces, Unit):
+        size = pieces.group_size
+        return [(row, min(row + size, classes), 0, features) for row in range(0, classes, size)]
+    if isinstance(pieces, (InputUnit, Head)):
+        size = features // pieces.shape(shape).numel()
+        return [(0, classes, col, col + size) for col in range(0, features, size)]
+    return None
+
+
+def _columns_of_a_unit(
+    traced: TracedModel, values: Values, start: fx.Node, last_node: fx.Node, last: NodeOp
+) -> int | None:
+    """How many neighbouring inputs of the last layer one channel of ``start`` feeds, and nothing else
+    does; None where channels mix on the way.
+    """  # noqa: D205
+    channels, features = values[start].shape[1:2], values[last.input].shape[1]
+    if values[start].dim() not in (2, 4) or features % channels[0]:
+        return None
+    for node in traced.suffix(start):
+        if node is last_node:
+            return features // channels[0]
+        op = node_op(traced, node)
+        if op is None or op.kind not in _KEEP_CHANNELS_APART or not _keeps_channels(op, node, values):
+            return None
+    return None
+
+
+def _keeps_channels(op: NodeOp, node: fx.Node, values: Values) -> bool:
+    before, after = values[op.input], values[node]
+    if op.kind == "elementwise":
+        tensors = [values[source] for source in node.all_input_nodes]
+        return all(
+            not isinstance(tensor, Tensor) or tensor.numel() == 1 or tensor.shape == after.shape
+            for tensor in tensors
+        )
+    if op.kind == "batch_norm":
+        return True
+    if before.dim() != 4:
+        return False
+    if op.kind == "flatten":
+        return after.shape == (before.shape[0], before[0].numel())
+    return after.dim() >= 2 and after.shape[1] == before.shape[1]
+
+
+def _input_of_last(
+    traced: TracedModel, values: Values, start: fx.Node, last_node: fx.Node, last: NodeOp
+) -> Tensor:
+    """What reaches the last layer when ``start`` is zero."""
+    changed: Values = {start: torch.zeros_like(values[start])}
+    with traced.functional():
+        for node in traced.suffix(start):
+            if node is last_node:
+                break
+            changed[node] = traced.evaluate(
+                node, lambda source: changed[source] if source in changed else values[source]
+            )
+    return changed[last.input]

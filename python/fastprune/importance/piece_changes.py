@@ -1,0 +1,189 @@
+"""What masking each piece of one layer does to the values of a traced model."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, fx
+
+from ..channel_changes import Change, ChannelChange, add_product
+from ..granularity import Block, Granularity, Head, InputUnit, Layer, Unit, weight_as_taps
+from ..node_ops import ConvOp, NodeOp
+
+Values = dict[fx.Node, Any]
+Start = tuple[fx.Node, Change]
+"""The node whose value a mask changes, and its new value."""
+
+
+def piece_changes(
+    node: fx.Node, op: NodeOp, pieces: Granularity, norm: fx.Node | None, values: Values
+) -> Iterator[Start | None] | None:
+    """Yield what masking each piece changes, in order; None for a piece that changes nothing.
+
+    Args:
+        node: the call of a Linear or Conv2d.
+        op: what it computes.
+        pieces: the granularity, with what the layer adds to it.
+        norm: the batch norm whose channels go with whole units, or None.
+        values: the value of every node.
+
+    Returns:
+        The changes, or None where the layer has to run again with a masked weight.
+
+    """
+    source, output = values[op.input], values[node]
+    if isinstance(op, ConvOp) and source.dim() != 4:
+        return None
+    if isinstance(pieces, Unit):
+        channel_dim = 1 if isinstance(op, ConvOp) else output.dim() - 1
+        return _units(norm or node, pieces, channel_dim, values[norm or node], len(op.tensors(values)[0]))  # type: ignore[arg-type]
+    if isinstance(pieces, Layer):
+        return iter([(node, source if source.shape == output.shape else torch.zeros_like(output))])
+    weight = op.tensors(values)[0]
+    assert weight is not None
+    nonzero = (pieces.sum_pieces((weight != 0).long()) > 0).flatten().tolist()
+    if isinstance(pieces, (InputUnit, Head)):
+        return _columns(node, op, weight, nonzero, source, output)
+    if not isinstance(pieces, Block):
+        return None
+    if isinstance(op, ConvOp):
+        blocks = _grouped_blocks if op.groups > 1 else _conv_blocks
+        return blocks(node, op, weight, pieces, nonzero, values)
+    return _linear_blocks(node, weight, pieces, nonzero, source, output)
+
+
+def _units(
+    start: fx.Node, pieces: Unit, channel_dim: int, value: Tensor, units: int
+) -> Iterator[Start | None]:
+    for begin in range(0, units, pieces.group_size):
+        end = min(begin + pieces.group_size, units)
+        channels = value.narrow(channel_dim, begin, end - begin)
+        masked = bool(channels.any())
+        yield (start, ChannelChange(channel_dim, begin, end, torch.zeros_like(channels))) if masked else None
+
+
+def _columns(
+    node: fx.Node, op: NodeOp, weight: Tensor, nonzero: list[bool], source: Tensor, output: Tensor
+) -> Iterator[Start | None]:
+    """Input units and heads: some inputs of all outputs, or of those of one group."""
+    pieces = len(nonzero)
+    if not isinstance(op, ConvOp):
+        size = weight.shape[1] // pieces
+        for index in range(pieces):
+            columns = slice(index * size, (index + 1) * size)
+            if not nonzero[index]:
+                yield None
+                continue
+            yield node, add_product(output, source[..., columns], weight[:, columns], scale=-1)
+        return
+    outputs, inputs = weight.shape[0] // op.groups, weight.shape[1]
+    for channel in range(pieces):
+        if not nonzero[channel]:
+            yield None
+            continue
+        group, column = divmod(channel, inputs)
+        rows = slice(group * outputs, (group + 1) * outputs)
+        product = op.convolve(source[:, channel : channel + 1], weight[rows, column : column + 1], None, 1)
+        yield node, ChannelChange(1, rows.start, rows.stop, output[:, rows] - product)
+
+
+def rectangles(block: Block, weight_shape: torch.Size) -> list[tuple[int, int, int, int]]:
+    """Return the blocks of a Linear weight as row_begin, row_end, col_begin, col_end, row-major."""
+    out_features, in_features = weight_shape
+    return [
+        (row, min(row + block.rows, out_features), col, min(col + block.cols, in_features))
+        for row in range(0, out_features, block.rows)
+        for col in range(0, in_features, block.cols)
+    ]
+
+
+def _linear_blocks(
+    node: fx.Node, weight: Tensor, block: Block, nonzero: list[bool], source: Tensor, output: Tensor
+) -> Iterator[Start | None]:
+    dim = output.dim() - 1
+    for index, (row, row_end, col, col_end) in enumerate(rectangles(block, weight.shape)):
+        if not nonzero[index]:
+            yield None
+            continue
+        part = weight[row:row_end, col:col_end]
+        masked = add_product(output[..., row:row_end], source[..., col:col_end], part, scale=-1)
+        yield node, ChannelChange(dim, row, row_end, masked)
+
+
+def _conv_blocks(
+    node: fx.Node, op: ConvOp, weight: Tensor, block: Block, nonzero: list[bool], values: Values
+) -> Iterator[Start | None]:
+    """Blocks of one kernel tap: a 1x1 convolution of the inputs that this tap sees."""
+    out, inputs, height, width = weight.shape
+    output, taps = values[node], weight_as_taps(weight)
+    padded = F.pad(values[op.input], _padding(op, (height, width)))
+    strides, dilations = _pair(op.stride), _pair(op.dilation)
+    index = 0
+    for row in range(0, out, block.rows):
+        rows = slice(row, min(row + block.rows, out))
+        for tap in range(height * width):
+            (top, left) = (offset * step for offset, step in zip(divmod(tap, width), dilations, strict=True))
+            bottom = top + (output.shape[2] - 1) * strides[0] + 1
+            right = left + (output.shape[3] - 1) * strides[1] + 1
+            seen = padded[:, :, top : bottom : strides[0], left : right : strides[1]]
+            for col in range(0, inputs, block.cols):
+                index += 1
+                if not nonzero[index - 1]:
+                    yield None
+                    continue
+                columns = slice(col, min(col + block.cols, inputs))
+                product = F.conv2d(seen[:, columns], taps[rows, tap, columns][..., None, None])
+                yield node, ChannelChange(1, rows.start, rows.stop, output[:, rows] - product)
+
+
+def _grouped_blocks(
+    node: fx.Node, op: ConvOp, weight: Tensor, block: Block, nonzero: list[bool], values: Values
+) -> Iterator[Start | None]:
+    """Blocks of a grouped convolution, which runs again with the masked weight: its own channels alone
+    where each is a group.
+    """  # noqa: D205
+    source, bias = values[op.input], op.tensors(values)[1]
+    shape = block.shape(weight.shape)
+    depthwise = op.groups == source.shape[1] == len(weight)
+    for index in range(len(nonzero)):
+        if not nonzero[index]:
+            yield None
+            continue
+        piece = torch.zeros(len(nonzero), dtype=torch.bool, device=weight.device)
+        piece[index] = True
+        masked = weight.masked_fill(block.expand(piece.view(shape), weight.shape), 0.0)
+        if not depthwise:
+            yield node, op.convolve(source, masked, bias, op.groups)
+            continue
+        begin = index // shape[1] * block.rows
+        rows = slice(begin, min(begin + block.rows, len(weight)))
+        part = None if bias is None else bias[rows]
+        value = op.convolve(source[:, rows], masked[rows], part, rows.stop - rows.start)
+        yield node, ChannelChange(1, rows.start, rows.stop, value)
+
+
+def _pair(value: Any) -> tuple[int, int]:
+    if isinstance(value, int):
+        return value, value
+    return (value[0], value[-1])
+
+
+def _padding(op: ConvOp, kernel: tuple[int, int]) -> tuple[int, int, int, int]:
+    """Return left, right, top, bottom, as F.pad takes them."""
+    if op.padding == "valid":
+        return (0, 0, 0, 0)
+    if op.padding == "same":
+        vertical, horizontal = (
+            step * (size - 1) for step, size in zip(_pair(op.dilation), kernel, strict=True)
+        )
+        return (
+            horizontal // 2,
+            horizontal - horizontal // 2,
+            vertical // 2,
+            vertical - vertical // 2,
+        )
+    top, left = _pair(op.padding)
+    return (left, left, top, top)
