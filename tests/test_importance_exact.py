@@ -171,7 +171,7 @@ CASES = {
     "residual, relu module in place": Case(lambda: ResidualInPlace("module")),
     "residual, functional relu in place": Case(lambda: ResidualInPlace("functional")),
     "residual, relu_": Case(lambda: ResidualInPlace("method")),
-    "residual, += on an alias": Case(lambda: ResidualInPlace("iadd"), traced=False),
+    "residual, += on an alias": Case(lambda: ResidualInPlace("iadd")),
     "residual, in place and read again": Case(lambda: ResidualInPlace("aliased")),
     "input written in place": Case(WritesIntoInput),
     "convolutions": Case(

@@ -49,12 +49,16 @@ class Batch(NamedTuple):
         """Return the first ``size`` samples."""
         return self if size >= self.size else self.samples(0, size)
 
-    def split(self, size: int) -> list[Batch]:
-        """Return the batch in parts of nearly equal sizes, none above ``size``."""
+    def split(self, size: int, equal: bool = False) -> list[Batch]:
+        """Return the batch in parts of at most ``size`` samples: of nearly the same size, or all but the
+        last of just that size.
+        """  # noqa: D205
         count = -(-self.size // size)
         if count <= 1:
             return [self]
-        bounds = [self.size * part // count for part in range(count + 1)]
+        bounds = [
+            min(self.size, size * part) if equal else self.size * part // count for part in range(count + 1)
+        ]
         return [self.samples(*pair) for pair in itertools.pairwise(bounds)]
 
     def fresh(self) -> Batch:

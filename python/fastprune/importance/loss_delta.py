@@ -9,23 +9,38 @@ Three ways, each exact, the first that applies:
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Callable, Generator
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, fx, nn
-from torch.nn.utils import parametrize
 
 from ..batches import Batch, Loss, OutputTransform, read_logits
 from ..channel_changes import run_changed
-from ..granularity import Block, Element, Granularity, Unit, weight_from_taps, weight_of
+from ..granularity import Block, Element, Granularity, weight_from_taps, weight_of
 from ..graph import TracedModel
 from ..layers import has_forward_hooks, is_plain
-from ..node_ops import node_op
+from ..node_ops import NodeOp, node_op
+from ..tracing import Traces
+from .chunks import PROBE_SAMPLES, samples_at_once
 from .fused import fused_deltas
+from .masked_forwards import masked_forwards
 from .piece_changes import piece_changes
 
 Advance = Callable[[int], None]
+Values = dict[fx.Node, Any]
+
+
+class _Call(NamedTuple):
+    """One layer in one traced batch: its node, what it computes, and the node whose channels a masked
+    unit sets to zero: the layer's own, or that of the batch norm after it.
+    """  # noqa: D205
+
+    traced: TracedModel
+    values: Values
+    node: fx.Node
+    op: NodeOp
+    start: fx.Node
 
 
 class LossDeltas:
@@ -34,11 +49,12 @@ class LossDeltas:
     Args:
         model: in eval mode.
         layers: name to Linear or Conv2d.
-        granularity: Block, Unit or Element.
+        granularities: name to the granularity, with what the layer adds to it.
         loss: how samples are weighed.
         output_transform: picks the logits out of the output, or None.
-        traced: the traced model, or None.
+        traces: the model's traces.
         norms: layer name to the name of the batch norm whose channels go with units.
+        memory_budget: bytes that the values of a traced model and what is computed from them may take.
         advance: called with the number of pieces that were scored.
 
     """
@@ -47,29 +63,33 @@ class LossDeltas:
         self,
         model: nn.Module,
         layers: dict[str, nn.Module],
-        granularity: Granularity,
+        granularities: dict[str, Granularity],
         loss: Loss,
         output_transform: OutputTransform | None,
-        traced: TracedModel | None,
+        traces: Traces,
         norms: dict[str, str],
+        memory_budget: int,
         advance: Advance,
     ) -> None:
         self.model = model
         self.layers = layers
-        self.granularity = granularity
+        self.granularities = granularities
         self.loss = loss
         self.output_transform = output_transform
-        self.traced = traced
+        self.traces = traces
         self.norms = norms
+        self.memory_budget = memory_budget
         self.advance = advance
         # An element is a block of one; its scores are put back into the weight's shape at the end.
-        self.pieces = Block(1, 1) if isinstance(granularity, Element) else granularity
+        self.pieces = {
+            name: Block(1, 1) if isinstance(granularity, Element) else granularity
+            for name, granularity in granularities.items()
+        }
         self.sums = {
-            name: torch.zeros(self.pieces.shape(weight_of(module).shape).numel(), dtype=torch.float64)
+            name: torch.zeros(self.pieces[name].shape(weight_of(module).shape).numel(), dtype=torch.float64)
             for name, module in layers.items()
         }
-        # The trace is that of the first batch: one with other arguments may take another way.
-        self.signature: tuple | None = None
+        self.samples_at_once: int | None = None
         self.loss_sum = 0.0
         self.total_weight = 0.0
 
@@ -81,23 +101,43 @@ class LossDeltas:
             ValueError: the loss, or the delta of a layer, is NaN or inf; the message names the layer.
 
         """
-        if self.signature is None:
-            self.signature = batch.signature()
-        values = None
-        if self.traced is not None and batch.signature() == self.signature:
-            values = self.traced.run(batch)
-        output = batch.fresh().call(self.model) if values is None else values[self.traced.output_node]  # type: ignore[union-attr]
+        if self.samples_at_once is None:
+            self.samples_at_once = self._samples_at_once(batch)
+        *parts, last = batch.split(self.samples_at_once, equal=self.traces.needs_equal_shapes)
+        for part in parts:
+            self._add(part, last=False)
+        self._add(last, last=True)
+
+    def _samples_at_once(self, batch: Batch) -> int:
+        """How many samples are traced at once: all, if the loss wants them together."""
+        probe = batch.head(PROBE_SAMPLES)
+        traced = self.traces.of(probe)
+        if traced is None or not self.traces.splits(probe):
+            return batch.size
+        values = traced.run(probe)
+        logits = read_logits(values[traced.output_node], self.output_transform)
+        losses, _ = self.loss(logits, probe.targets, probe.size)
+        if losses.dim() == 0:  # the mean of a loss function that may weigh its samples
+            return batch.size
+        count = samples_at_once(values, probe.size, self.memory_budget)
+        return min(count, PROBE_SAMPLES) if self.traces.needs_equal_shapes else count
+
+    def _add(self, batch: Batch, last: bool) -> None:
+        traced = self.traces.of(batch)
+        values = None if traced is None else traced.run(batch)
+        output = batch.fresh().call(self.model) if values is None else values[traced.output_node]  # type: ignore[union-attr]
         logits = read_logits(output, self.output_transform)
         losses, weight = self.loss(logits, batch.targets, batch.size)
         if not bool(losses.isfinite().all()):
             raise ValueError(f"the loss is NaN or inf{self._where_not_finite(values)}")
         self.loss_sum += float(losses.sum())
         self.total_weight += weight
-        for name, module in self.layers.items():
-            deltas = self._fused(name, module, batch, values, logits)
+        for name in self.layers:
+            call = None if values is None else self._call(traced, values, name)  # type: ignore[arg-type]
+            deltas = None if call is None else self._fused(name, call, batch, logits)
             if deltas is None:
-                deltas = self._one_by_one(name, module, batch, values, losses)
-            else:
+                deltas = self._one_by_one(name, call, batch, losses, last)
+            elif last:  # of a batch: the progress bar counts each piece once for it
                 self.advance(len(deltas))
             if not bool(deltas.isfinite().all()):
                 raise ValueError(f"the loss is NaN or inf when a piece of layer '{name}' is masked")
@@ -115,8 +155,8 @@ class LossDeltas:
         scores = {}
         for name, sums in self.sums.items():
             shape = weight_of(self.layers[name]).shape
-            layer = (sums / self.total_weight).view(self.pieces.shape(shape))
-            if isinstance(self.granularity, Element):
+            layer = (sums / self.total_weight).view(self.pieces[name].shape(shape))
+            if isinstance(self.granularities[name], Element):
                 layer = weight_from_taps(layer.view(shape[0], -1, shape[1]), shape).contiguous()
             scores[name] = layer
         return scores
@@ -130,20 +170,26 @@ class LossDeltas:
                 return f": layer '{node.target}' is the first with such outputs"
         return " for a batch of `loader`"
 
-    def _fused(
-        self,
-        name: str,
-        module: nn.Module,
-        batch: Batch,
-        values: dict[fx.Node, Any] | None,
-        logits: Tensor,
-    ) -> Tensor | None:
+    def _call(self, traced: TracedModel, values: Values, name: str) -> _Call | None:
+        """The only use of a layer, if the layer computes what torch's own would."""
+        module, norm = self.layers[name], self._norm_of(name)
+        if not is_plain(module) or (norm is not None and has_forward_hooks(norm)):
+            return None
+        node = traced.single_call(module)
+        op = None if node is None else node_op(traced, node)
+        if node is None or op is None:
+            return None
+        norm_node = None if norm is None else traced.batch_norm_of(node)
+        return _Call(traced, values, node, op, norm_node or node)
+
+    def _norm_of(self, name: str) -> nn.Module | None:
+        return self.model.get_submodule(self.norms[name]) if name in self.norms else None
+
+    def _fused(self, name: str, call: _Call, batch: Batch, logits: Tensor) -> Tensor | None:
         """Deltas by one kernel, or None where there is none."""
-        targets, node = batch.targets, self._plain_call(name, module)
+        targets = batch.targets
         if (
-            node is None
-            or values is None
-            or not self.loss.is_plain_cross_entropy
+            not self.loss.is_plain_cross_entropy
             or self.output_transform is not None
             or not isinstance(targets, Tensor)
             or targets.dtype != torch.int64
@@ -154,132 +200,44 @@ class LossDeltas:
         ):
             return None
         kept = targets != self.loss.ignore_index
-        assert self.traced is not None
         return fused_deltas(
-            self.traced,
-            values,
-            self._unit_node(name, node),
-            node,
-            self.pieces,
+            call.traced,
+            call.values,
+            call.start,
+            call.node,
+            self.pieces[name],
             torch.where(kept, targets, 0),
             None if bool(kept.all()) else kept.to(logits.dtype),
         )
 
-    def _one_by_one(
-        self,
-        name: str,
-        module: nn.Module,
-        batch: Batch,
-        values: dict[fx.Node, Any] | None,
-        losses: Tensor,
-    ) -> Tensor:
+    def _one_by_one(self, name: str, call: _Call | None, batch: Batch, losses: Tensor, last: bool) -> Tensor:
         """Deltas by one masked suffix, or one masked forward, for each piece."""
-        node = self._plain_call(name, module)
-        outputs = None
-        if node is not None and values is not None:
-            outputs = self._masked_suffixes(name, node, values)
+        outputs = None if call is None else _masked_suffixes(call, self.pieces[name])
         if outputs is None:
-            outputs = self._masked_forwards(name, module, batch)
+            outputs = masked_forwards(
+                lambda: batch.fresh().call(self.model),
+                name,
+                self.layers[name],
+                self.pieces[name],
+                self._norm_of(name),
+            )
         deltas = torch.zeros_like(self.sums[name])
-        for index, output in enumerate(outputs):
-            if output is not None:
-                logits = read_logits(output, self.output_transform)
-                masked_losses, _ = self.loss(logits, batch.targets, batch.size)
-                deltas[index] = float((masked_losses - losses).sum())
-            self.advance(1)
+        with contextlib.closing(outputs):  # what is masked comes back at once, also on an error
+            for index, output in enumerate(outputs):
+                if output is not None:
+                    logits = read_logits(output, self.output_transform)
+                    masked_losses, _ = self.loss(logits, batch.targets, batch.size)
+                    deltas[index] = float((masked_losses - losses).sum())
+                if last:
+                    self.advance(1)
         return deltas
 
-    def _plain_call(self, name: str, module: nn.Module) -> fx.Node | None:
-        """The node that is the only use of a layer, if the layer computes what torch's own would."""
-        if self.traced is None or not is_plain(module):
-            return None
-        if name in self.norms and has_forward_hooks(self.model.get_submodule(self.norms[name])):
-            return None
-        return self.traced.single_call(module)
 
-    def _unit_node(self, name: str, node: fx.Node) -> fx.Node:
-        """The node whose channel a masked unit sets to zero: the layer, or the batch norm after it."""
-        assert self.traced is not None
-        return (self.traced.batch_norm_of(node) or node) if name in self.norms else node
-
-    def _masked_suffixes(self, name: str, node: fx.Node, values: dict[fx.Node, Any]) -> Iterator[Any] | None:
-        """The model's output for each piece masked, None where masking changes nothing; or None where the
-        layer's pieces are not changes of its output.
-        """  # noqa: D205
-        traced = self.traced
-        assert traced is not None
-        op = node_op(traced, node)
-        if op is None:
-            return None
-        changes = piece_changes(node, op, self.pieces, self._unit_node(name, node), values)
-        if changes is None:
-            return None
-        return (None if change is None else run_changed(traced, values, *change) for change in changes)
-
-    def _masked_forwards(self, name: str, module: nn.Module, batch: Batch) -> Iterator[Any]:
-        """The same by running the whole model with replaced parameters, which come back after each run."""
-
-        def run(replaced: list[tuple[nn.Module, str, Tensor]]) -> Any:
-            with _replaced(replaced):
-                return batch.fresh().call(self.model)
-
-        if isinstance(self.pieces, Unit):
-            owners = [module]
-            if name in self.norms:
-                owners.append(self.model.get_submodule(self.norms[name]))
-            for unit in range(weight_of(module).shape[0]):
-                replaced = []
-                for owner in owners:
-                    for parameter in ("weight", "bias"):
-                        tensor = getattr(owner, parameter)
-                        if tensor is not None:
-                            masked = tensor.clone()
-                            masked[unit] = 0
-                            replaced.append((owner, parameter, masked))
-                yield run(replaced)
-            return
-        for masked_weight in _masked_weights(self.pieces, weight_of(module)):
-            yield None if masked_weight is None else run([(module, "weight", masked_weight)])
-
-
-class _Fixed(nn.Module):
-    """A parametrization that gives one tensor, whatever it is given."""
-
-    def __init__(self, tensor: Tensor) -> None:
-        super().__init__()
-        self.tensor = tensor
-
-    def forward(self, _: Tensor) -> Tensor:
-        return self.tensor
-
-
-@contextlib.contextmanager
-def _replaced(replacements: list[tuple[nn.Module, str, Tensor]]) -> Iterator[None]:
-    """Let modules compute with other tensors for a while.
-
-    torch.func.functional_call is no help: a module that is registered under two names keeps the
-    replacement for good, and it cannot reach behind a parametrization.
-    """
-    with contextlib.ExitStack() as undo:
-        for module, parameter, tensor in replacements:
-            if parametrize.is_parametrized(module, parameter):
-                chain: Any = module.parametrizations[parameter]  # type: ignore[index]
-                undo.callback(chain.__delitem__, len(chain))
-                chain.append(_Fixed(tensor))
-            else:
-                undo.callback(module._parameters.__setitem__, parameter, module._parameters[parameter])
-                module._parameters[parameter] = tensor  # type: ignore[assignment]
-        yield
-
-
-def _masked_weights(pieces: Granularity, weight: Tensor) -> Iterator[Tensor | None]:
-    """The weight with one piece zeroed, for each piece; None where the piece is zero already."""
-    shape = pieces.shape(weight.shape)
-    nonzero = pieces.sum_pieces((weight != 0).long()).flatten().tolist()
-    for index in range(shape.numel()):
-        if not nonzero[index]:
-            yield None
-            continue
-        piece = torch.zeros(shape.numel(), dtype=torch.bool, device=weight.device)
-        piece[index] = True
-        yield weight.masked_fill(pieces.expand(piece.view(shape), weight.shape), 0.0)
+def _masked_suffixes(call: _Call, pieces: Granularity) -> Generator[Any, None, None] | None:
+    """The model's output for each piece masked, None where masking changes nothing; or None where the
+    layer's pieces are not changes of its output.
+    """  # noqa: D205
+    changes = piece_changes(call.node, call.op, pieces, call.start, call.values)
+    if changes is None:
+        return None
+    return (None if change is None else run_changed(call.traced, call.values, *change) for change in changes)

@@ -19,7 +19,7 @@ Start = tuple[fx.Node, Change]
 
 
 def piece_changes(
-    node: fx.Node, op: NodeOp, pieces: Granularity, norm: fx.Node | None, values: Values
+    node: fx.Node, op: NodeOp, pieces: Granularity, start: fx.Node, values: Values
 ) -> Iterator[Start | None] | None:
     """Yield what masking each piece changes, in order; None for a piece that changes nothing.
 
@@ -27,7 +27,7 @@ def piece_changes(
         node: the call of a Linear or Conv2d.
         op: what it computes.
         pieces: the granularity, with what the layer adds to it.
-        norm: the batch norm whose channels go with whole units, or None.
+        start: the node whose channels a masked unit sets to zero: the layer's, or the batch norm's after it.
         values: the value of every node.
 
     Returns:
@@ -39,8 +39,9 @@ def piece_changes(
         return None
     if isinstance(pieces, Unit):
         channel_dim = 1 if isinstance(op, ConvOp) else output.dim() - 1
-        return _units(norm or node, pieces, channel_dim, values[norm or node], len(op.tensors(values)[0]))  # type: ignore[arg-type]
-    if isinstance(pieces, Layer):
+        units = values[node].shape[channel_dim]
+        return _units(start, pieces, channel_dim, values[start], units)
+    if type(pieces) is Layer:
         return iter([(node, source if source.shape == output.shape else torch.zeros_like(output))])
     weight = op.tensors(values)[0]
     assert weight is not None

@@ -20,19 +20,19 @@ from ..batches import (
     iterate_batches,
     keep_generators,
     model_device,
+    read_logits,
 )
 from ..granularity import Block, Granularity, check_granularity, weight_of
 from ..graph import TracedModel
 from ..layers import Selection, select_layers
 from ..masks import piece_mask_of
+from ..tracing import Traces
+from .chunks import PROBE_SAMPLES, default_memory_budget
 from .criteria import magnitude
 from .loss_delta import LossDeltas
 from .scores import ImportanceScores
 
 CRITERIA = ("loss_delta", "magnitude")
-
-# What a trace is compared on with its model, and how often weights are used is counted on.
-_PROBE_SAMPLES = 32
 
 
 class _EvalMode:
@@ -80,6 +80,7 @@ def score(
     loss_fn: LossFunction | None = None,
     output_transform: OutputTransform | None = None,
     max_samples: int | None = None,
+    memory_budget: int | None = None,
     progress: bool = True,
 ) -> ImportanceScores:
     """Score every piece of a model's Linear and Conv2d layers; larger matters more.
@@ -102,6 +103,8 @@ def score(
         loss_fn: ``loss_fn(outputs, targets)``, a mean or one value per sample; None for cross-entropy.
         output_transform: picks the logits out of a structured output.
         max_samples: how many samples of the loader are read.
+        memory_budget: bytes that the kept values of a traced model, and what is computed from them, may
+            take; None for a quarter of the free memory.
         progress: whether a progress bar is shown.
 
     Returns:
@@ -115,13 +118,14 @@ def score(
     check_criterion(criterion)
     check_granularity(granularity)
     layers = select_layers(model, include, exclude)
+    granularities = dict.fromkeys(layers, granularity)
     loss = Loss(loss_fn)
     if loader is None and criterion != "magnitude":
         raise TypeError(f"`loader` must be an iterable of batches for criterion '{criterion}', got None")
     with keep_generators(), _EvalMode(model):
-        needs_trace = criterion == "loss_delta" or granularity.masks_whole_units
-        traced = TracedModel.trace(model) if needs_trace else None
-        norms = _norms(model, layers, traced) if granularity.masks_whole_units else {}
+        norms: dict[str, str] = {}
+        if granularity.masks_norms and criterion != "loss_delta":
+            norms = _norms(model, layers, TracedModel.trace(model))
         first = None
         num_samples = 0
         mean_loss = None
@@ -146,12 +150,26 @@ def score(
                 deltas = None
                 for batch in iterate_batches(loader, model_device(model), max_samples):
                     if deltas is None:
-                        probe = batch.head(_PROBE_SAMPLES)
+                        probe = batch.head(PROBE_SAMPLES)
                         first = _first_forward(model, layers, probe)
-                        norms = _fitting(norms, layers, first)
-                        traced = _checked(model, traced, probe, first.output)
+                        traces = Traces(
+                            model, layers.values(), lambda output: read_logits(output, output_transform)
+                        )
+                        traced = _trace_of(traces, probe)
+                        if granularity.masks_norms:
+                            norms = _fitting(_norms(model, layers, traced), layers, first)
                         deltas = LossDeltas(
-                            model, layers, granularity, loss, output_transform, traced, norms, bar.update
+                            model,
+                            layers,
+                            granularities,
+                            loss,
+                            output_transform,
+                            traces,
+                            norms,
+                            default_memory_budget(model_device(model))
+                            if memory_budget is None
+                            else memory_budget,
+                            bar.update,
                         )
                     deltas.add(batch)
                     num_samples += batch.size
@@ -247,22 +265,12 @@ def _fitting(norms: dict[str, str], layers: dict[str, nn.Module], first: _FirstF
 
 
 @torch.no_grad()
-def _checked(model: nn.Module, traced: TracedModel | None, batch: Batch, expected: Any) -> TracedModel | None:
-    """Return the traced model if it gives what the model gave; a warning and None if not."""
-    reason = "torch.fx cannot trace it"
-    for attempt in range(2):
-        if traced is None:
-            break
-        try:
-            output = traced.run(batch)[traced.output_node]
-            torch.testing.assert_close(output, expected, rtol=1e-4, atol=1e-5, equal_nan=True)
-            return traced
-        except Exception as error:  # whatever differs, masked forwards are right
-            reason = f"its trace does not give the same output ({type(error).__name__})"
-        TracedModel.forget(model)
-        if attempt == 0:  # the trace may be one of an earlier call
-            traced = TracedModel.trace(model)
-    warnings.warn(
-        f"fastprune: the model is scored by masked forwards, which is slower: {reason}", stacklevel=4
-    )
-    return None
+def _trace_of(traces: Traces, batch: Batch) -> TracedModel | None:
+    """Return the trace for the first batch; a warning and None where there is none."""
+    traced = traces.of(batch)
+    if traced is None:
+        warnings.warn(
+            f"fastprune: the model is scored by masked forwards, which is slower: {traces.problem}",
+            stacklevel=4,
+        )
+    return traced

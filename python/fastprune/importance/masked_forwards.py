@@ -1,0 +1,124 @@
+"""Masked forwards: the whole model with one piece masked, for what no trace serves."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Generator, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+from ..granularity import Granularity, Layer, ParameterTensor, Unit, weight_of
+
+Forward = Callable[[], Any]
+
+
+def masked_forwards(
+    forward: Forward,
+    name: str,
+    module: nn.Module,
+    pieces: Granularity,
+    norm: nn.Module | None,
+) -> Generator[Any, None, None]:
+    """Yield the model's output with each piece masked, in order; None for a piece that is zero already.
+
+    Args:
+        forward: runs the model.
+        name: the layer's name, or the parameter's where it is the piece.
+        module: the layer, or the parameter's owner.
+        pieces: the granularity, with what the layer adds to it.
+        norm: the batch norm whose channels go with whole units, or None.
+
+    """
+    if isinstance(pieces, ParameterTensor):
+        parameter = name.rpartition(".")[2]
+        tensor = getattr(module, parameter)
+        with replaced([(module, parameter, torch.zeros_like(tensor))]):
+            yield forward()
+    elif isinstance(pieces, Layer):
+        with _without(module):
+            yield forward()
+    elif isinstance(pieces, Unit):
+        owners = [module] if norm is None else [module, norm]
+        out = len(weight_of(module))
+        for index in range(pieces.shape(weight_of(module).shape).numel()):
+            units = slice(index * pieces.group_size, min((index + 1) * pieces.group_size, out))
+            masked = []
+            for owner in owners:
+                for parameter in ("weight", "bias"):
+                    tensor = getattr(owner, parameter)
+                    if tensor is not None:
+                        masked.append((owner, parameter, tensor.clone()))
+                        masked[-1][2][units] = 0
+            with replaced(masked):
+                yield forward()
+    else:
+        for weight in _masked_weights(pieces, weight_of(module)):
+            if weight is None:
+                yield None
+                continue
+            with replaced([(module, "weight", weight)]):
+                yield forward()
+
+
+@contextlib.contextmanager
+def _without(module: nn.Module) -> Iterator[None]:
+    """Let a module give its input where the shapes agree, else zeros; of several outputs, the first."""
+
+    def hook(_: nn.Module, inputs: tuple, output: Any) -> Any:
+        if isinstance(output, (tuple, list)):
+            return type(output)([hook(_, inputs, output[0]), *output[1:]])
+        first = inputs[0] if inputs else None
+        same = isinstance(first, Tensor) and first.shape == output.shape
+        return first if same else torch.zeros_like(output)
+
+    handle = module.register_forward_hook(hook)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+class _Fixed(nn.Module):
+    """A parametrization that gives one tensor, whatever it is given."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        super().__init__()
+        self.tensor = tensor
+
+    def forward(self, _: Tensor) -> Tensor:
+        return self.tensor
+
+
+@contextlib.contextmanager
+def replaced(replacements: list[tuple[nn.Module, str, Tensor]]) -> Iterator[None]:
+    """Let modules compute with other tensors for a while.
+
+    torch.func.functional_call is no help: a module that is registered under two names keeps the
+    replacement for good, and it cannot reach behind a parametrization.
+    """
+    with contextlib.ExitStack() as undo:
+        for module, parameter, tensor in replacements:
+            if parametrize.is_parametrized(module, parameter):
+                chain: Any = module.parametrizations[parameter]  # type: ignore[index]
+                undo.callback(chain.__delitem__, len(chain))
+                chain.append(_Fixed(tensor))
+            else:
+                undo.callback(module._parameters.__setitem__, parameter, module._parameters[parameter])
+                module._parameters[parameter] = tensor  # type: ignore[assignment]
+        yield
+
+
+def _masked_weights(pieces: Granularity, weight: Tensor) -> Iterator[Tensor | None]:
+    """The weight with one piece zeroed, for each piece; None where the piece is zero already."""
+    shape = pieces.shape(weight.shape)
+    nonzero = pieces.sum_pieces((weight != 0).long()).flatten().tolist()
+    for index in range(shape.numel()):
+        if not nonzero[index]:
+            yield None
+            continue
+        piece = torch.zeros(shape.numel(), dtype=torch.bool, device=weight.device)
+        piece[index] = True
+        yield weight.masked_fill(pieces.expand(piece.view(shape), weight.shape), 0.0)
