@@ -105,7 +105,20 @@ def mean_sums(loss_fn):
 def pieces_of(granularity, shape):
     """Bool tensors of the weight's shape, True in one piece each, by plain loops."""
     if isinstance(granularity, fp.Unit):
-        slices = [(row,) for row in range(shape[0])]
+        size = granularity.group_size
+        slices = [(slice(row, row + size),) for row in range(0, shape[0], size)]
+    elif isinstance(granularity, fp.InputUnit):
+        rows = shape[0] // granularity.groups
+        slices = [
+            (slice(group * rows, (group + 1) * rows), col)
+            for group in range(granularity.groups)
+            for col in range(shape[1])
+        ]
+    elif isinstance(granularity, fp.Head):
+        size = shape[1] // granularity.num_heads
+        slices = [
+            (slice(None), slice(head * size, (head + 1) * size)) for head in range(granularity.num_heads)
+        ]
     elif isinstance(granularity, fp.Element):
         slices = list(itertools.product(*(range(size) for size in shape)))
     else:
@@ -128,7 +141,8 @@ def brute_force(
 ):
     """Loss deltas of one layer, and the loss, by masked forwards of a float64 copy over the whole data set.
 
-    ``norm`` is the batch norm whose channels go with the layer's units. Of more than ``max_pieces`` pieces
+    ``granularity`` is that of the layer: with its number of heads, or its groups. ``norm`` is the batch
+    norm whose channels go with the layer's units. Of more than ``max_pieces`` pieces
     every second, third, ... is measured; the others are NaN.
     """
     sums = cross_entropy_sums() if sums is None else sums
@@ -154,8 +168,9 @@ def brute_force(
         piece = pieces[index]
         tensors = [(module.weight, piece)]
         if isinstance(granularity, fp.Unit):
+            rows = piece.flatten(1).any(1)
             whole = [owner.bias for owner in owners if owner.bias is not None]
-            tensors += [(tensor, index) for tensor in (*whole, *(owner.weight for owner in owners[1:]))]
+            tensors += [(tensor, rows) for tensor in (*whole, *(owner.weight for owner in owners[1:]))]
         before = [tensor.clone() for tensor, _ in tensors]
         for tensor, where in tensors:
             tensor[where] = 0

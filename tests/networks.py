@@ -247,3 +247,78 @@ class TwoInputs(nn.Module):
 
 class Output(types.SimpleNamespace):
     """What models of other libraries return: an object with `logits`."""
+
+
+class SmallResNet(nn.Module):
+    """Residual blocks with a pool before them and a pool, a flattening and a Linear after them."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem, self.stem_norm = nn.Conv2d(3, 4, 3, padding=1, bias=False), spoil_norm(nn.BatchNorm2d(4))
+        self.conv1, self.norm1 = nn.Conv2d(4, 6, 3, 2, 1, bias=False), spoil_norm(nn.BatchNorm2d(6))
+        self.conv2, self.norm2 = nn.Conv2d(6, 6, 3, padding="same"), spoil_norm(nn.BatchNorm2d(6))
+        self.shortcut, self.shortcut_norm = nn.Conv2d(4, 6, 1, 2), spoil_norm(nn.BatchNorm2d(6))
+        self.pool, self.head = nn.AdaptiveAvgPool2d((2, 1)), nn.Linear(12, 5)
+
+    def forward(self, x):
+        x = F.max_pool2d(F.relu(self.stem_norm(self.stem(x))), 2)
+        y = F.relu(self.norm1(self.conv1(x)))
+        y = self.norm2(self.conv2(y))
+        y += self.shortcut_norm(self.shortcut(x))
+        return self.head(torch.flatten(self.pool(F.relu(y)), 1))
+
+
+class SelfAttention(nn.Module):
+    """Attention as libraries of transformers write it: four projections and the number of heads."""
+
+    def __init__(self, size, num_heads):
+        super().__init__()
+        self.num_heads = num_heads
+        self.query, self.key, self.value = nn.Linear(size, size), nn.Linear(size, size), nn.Linear(size, size)
+        self.out_proj = nn.Linear(size, size)
+
+    def forward(self, x):
+        split = [
+            layer(x).view(x.shape[0], x.shape[1], self.num_heads, -1).transpose(1, 2)
+            for layer in (self.query, self.key, self.value)
+        ]
+        mixed = F.scaled_dot_product_attention(*split)
+        return self.out_proj(mixed.transpose(1, 2).flatten(2))
+
+
+class TextClassifier(nn.Module):
+    """Embeddings, attention, feed-forward and layer norms, with control flow that torch.fx cannot follow."""
+
+    def __init__(self):
+        super().__init__()
+        self.embedding = nn.Embedding(11, 8)
+        self.attention, self.norm1 = SelfAttention(8, 4), nn.LayerNorm(8)
+        self.up, self.down, self.norm2 = nn.Linear(8, 12), nn.Linear(12, 8), nn.LayerNorm(8)
+        self.head = nn.Linear(8, 5)
+
+    def forward(self, tokens, mask=None):
+        if tokens.shape[1] > 32:
+            raise ValueError("too long")
+        x = self.embedding(tokens)
+        x = self.norm1(x + self.attention(x))
+        x = self.norm2(x + self.down(F.gelu(self.up(x))))
+        if mask is None:
+            return self.head(x.mean(1))
+        weight = mask[..., None].to(x.dtype)
+        return self.head((x * weight).sum(1) / weight.sum(1))
+
+
+class MobileBlock(nn.Module):
+    """An expansion, a depthwise and a grouped convolution with several outputs for each group."""
+
+    def __init__(self):
+        super().__init__()
+        self.expand, self.norm = nn.Conv2d(3, 6, 1), spoil_norm(nn.BatchNorm2d(6))
+        self.depthwise = nn.Conv2d(6, 12, 3, padding=1, groups=6, dilation=1)
+        self.grouped = nn.Conv2d(12, 8, 3, padding=(2, 0), groups=4, dilation=(2, 1))
+        self.head = nn.Linear(8, 5)
+
+    def forward(self, x):
+        x = F.hardswish(self.norm(self.expand(x)))
+        x = F.avg_pool2d(F.silu(self.depthwise(x)), 2)
+        return self.head(F.adaptive_avg_pool2d(F.relu6(self.grouped(x)), 1).flatten(1))

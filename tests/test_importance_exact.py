@@ -32,6 +32,7 @@ from networks import (
     Encoder,
     KeepsWhatItComputes,
     LSTMClassifier,
+    MobileBlock,
     NormOverSteps,
     OptionalInput,
     Output,
@@ -41,6 +42,8 @@ from networks import (
     SharedNorm,
     SigmoidLinear,
     SmallConvNet,
+    SmallResNet,
+    TextClassifier,
     TiedAutoencoder,
     TwoInputs,
     WritesIntoInput,
@@ -133,6 +136,17 @@ def _multi_label():
     return [(inputs, torch.rand(len(inputs), 5).round()) for inputs, _ in classification_batches()]
 
 
+def _tokens():
+    return [(torch.randint(0, 11, (size, 6)), torch.randint(0, 5, (size,))) for size in (9, 4, 1)]
+
+
+def _masked_tokens():
+    return [
+        {"tokens": tokens, "mask": torch.rand(tokens.shape) < 0.8, "labels": labels}
+        for tokens, labels in _tokens()
+    ]
+
+
 LIGHT = (fp.Block(4, 3), fp.Unit())
 CASES = {
     "relu": Case(mlp),
@@ -179,6 +193,34 @@ CASES = {
         _images,
         norms={"conv1": "norm1", "conv2": "norm2"},
         granularities=(fp.Block(4, 2), fp.Unit()),
+    ),
+    "convolutions, by other pieces": Case(
+        SmallConvNet,
+        _images,
+        norms={"conv1": "norm1", "conv2": "norm2"},
+        granularities=(fp.Unit(group_size=4), fp.InputUnit()),
+    ),
+    "units without the batch norm after them": Case(
+        SmallConvNet, _images, granularities=(fp.Unit(norm=False),)
+    ),
+    "residual network": Case(
+        SmallResNet,
+        lambda: classification_batches((6, 4, 1), (3, 9, 8)),
+        norms={"stem": "stem_norm", "conv1": "norm1", "conv2": "norm2", "shortcut": "shortcut_norm"},
+        granularities=(fp.Block(4, 2), fp.Unit(), fp.Unit(group_size=4), fp.InputUnit()),
+    ),
+    "depthwise and grouped convolutions": Case(
+        MobileBlock,
+        lambda: classification_batches((6, 4, 1), (3, 9, 8)),
+        norms={"expand": "norm"},
+        granularities=(fp.Block(4, 2), fp.Unit(group_size=3), fp.InputUnit()),
+    ),
+    "input units and groups of units": Case(mlp, granularities=(fp.InputUnit(), fp.Unit(group_size=4))),
+    "attention over embeddings": Case(
+        TextClassifier, _tokens, granularities=(fp.Block(4, 3), fp.Head(), fp.Unit(group_size=5))
+    ),
+    "attention over embeddings, dicts with a mask": Case(
+        TextClassifier, _masked_tokens, granularities=(fp.Head(), fp.InputUnit())
     ),
     "convolutions in channels-last, by element": Case(
         lambda: SmallConvNet().to(memory_format=torch.channels_last),
@@ -284,11 +326,12 @@ def _with_ignored():
 
 
 def _check(case, model, loader, granularity):
-    layers = case.layers or tuple(
-        dict.fromkeys(
-            name for name, module in model.named_modules() if isinstance(module, (nn.Linear, nn.Conv2d))
-        )
-    )
+    granularities = {
+        name: granularity.for_layer(name, module, model)
+        for name, module in model.named_modules()
+        if isinstance(module, (nn.Linear, nn.Conv2d)) and (case.layers is None or name in case.layers)
+    }
+    layers = [name for name, own in granularities.items() if own is not None]
     pick_logits = None if case.pick is Case.pick else case.pick
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
@@ -296,7 +339,7 @@ def _check(case, model, loader, granularity):
             model,
             loader,
             granularity=granularity,
-            include=layers,
+            include=layers if case.layers else None,
             loss_fn=case.loss_fn,
             output_transform=pick_logits,
             progress=False,
@@ -305,12 +348,12 @@ def _check(case, model, loader, granularity):
         str(w.message) for w in caught if "fastprune" in str(w.message) and "batch norm" not in str(w.message)
     ]
     assert len(own) == (0 if case.traced else 1), own
-    norms = case.norms if isinstance(granularity, fp.Unit) else {}
+    norms = case.norms if granularity.masks_norms else {}
     assert scores.norms == norms
     assert scores.keys() == set(layers)
     for layer in layers:
         expected, loss = brute_force(
-            model, loader, layer, granularity, case.sums, norms.get(layer), case.pick
+            model, loader, layer, granularities[layer], case.sums, norms.get(layer), case.pick
         )
         assert scores.loss == pytest.approx(loss, rel=1e-5)
         assert_exact(scores[layer], expected, loss)
@@ -327,6 +370,32 @@ def test_loss_deltas_are_those_of_masked_forwards_in_float64(name):
         _check(case, model, loader, granularity)
         snapshot.assert_unchanged()
         torch.testing.assert_close(loader, batches, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("name", "granularity"),
+    [
+        ("relu", fp.Block(4, 3)),
+        ("convolutions", fp.Unit()),
+        ("residual network", fp.Block(4, 2)),
+        ("residual network", fp.InputUnit()),
+        ("depthwise and grouped convolutions", fp.Block(4, 2)),
+        ("depthwise and grouped convolutions", fp.Unit()),
+        ("attention over embeddings", fp.Block(4, 3)),
+        ("attention over embeddings, dicts with a mask", fp.InputUnit()),
+        ("residual, += on an alias", fp.Unit()),
+    ],
+    ids=str,
+)
+def test_the_whole_model_runs_only_to_check_the_trace(name, granularity):
+    case = CASES[name]
+    model = case.model()
+    calls = []
+    model.register_forward_pre_hook(lambda *args: calls.append(1))
+    fp.score(model, case.loader(), granularity=granularity, progress=False)
+    # To count the uses of weights, to see that a batch may be split, and for each trace: torch.export makes
+    # one for each shape, and runs the model for it.
+    assert len(calls) <= 16
 
 
 @hypothesis.settings(max_examples=15)

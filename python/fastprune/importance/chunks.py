@@ -18,8 +18,8 @@ PROBE_SAMPLES = 32
 # pages for every tensor.
 _LARGEST_VALUE = 8 << 20
 
-# A suffix holds new values beside the kept ones; masked forwards of one layer's kernels hold copies.
-_SHARE_OF_BUDGET = 0.4
+# A suffix holds new values beside the kept ones, and kernels hold copies.
+_SHARE_OF_BUDGET = 0.3
 
 
 def default_memory_budget(device: torch.device) -> int:

@@ -45,15 +45,14 @@ def piece_changes(
         return iter([(node, source if source.shape == output.shape else torch.zeros_like(output))])
     weight = op.tensors(values)[0]
     assert weight is not None
-    nonzero = (pieces.sum_pieces((weight != 0).long()) > 0).flatten().tolist()
     if isinstance(pieces, (InputUnit, Head)):
-        return _columns(node, op, weight, nonzero, source, output)
+        return _columns(node, op, weight, pieces.shape(weight.shape).numel(), source, output)
     if not isinstance(pieces, Block):
         return None
     if isinstance(op, ConvOp):
         blocks = _grouped_blocks if op.groups > 1 else _conv_blocks
-        return blocks(node, op, weight, pieces, nonzero, values)
-    return _linear_blocks(node, weight, pieces, nonzero, source, output)
+        return blocks(node, op, weight, pieces, values)
+    return _linear_blocks(node, weight, pieces, source, output)
 
 
 def _units(
@@ -67,28 +66,29 @@ def _units(
 
 
 def _columns(
-    node: fx.Node, op: NodeOp, weight: Tensor, nonzero: list[bool], source: Tensor, output: Tensor
+    node: fx.Node, op: NodeOp, weight: Tensor, pieces: int, source: Tensor, output: Tensor
 ) -> Iterator[Start | None]:
     """Input units and heads: some inputs of all outputs, or of those of one group."""
-    pieces = len(nonzero)
     if not isinstance(op, ConvOp):
         size = weight.shape[1] // pieces
         for index in range(pieces):
             columns = slice(index * size, (index + 1) * size)
-            if not nonzero[index]:
+            part = weight[:, columns]
+            if bool(part.any()):
+                yield node, add_product(output, source[..., columns], part, scale=-1)
+            else:
                 yield None
-                continue
-            yield node, add_product(output, source[..., columns], weight[:, columns], scale=-1)
         return
     outputs, inputs = weight.shape[0] // op.groups, weight.shape[1]
     for channel in range(pieces):
-        if not nonzero[channel]:
-            yield None
-            continue
         group, column = divmod(channel, inputs)
         rows = slice(group * outputs, (group + 1) * outputs)
-        product = op.convolve(source[:, channel : channel + 1], weight[rows, column : column + 1], None, 1)
-        yield node, ChannelChange(1, rows.start, rows.stop, output[:, rows] - product)
+        part = weight[rows, column : column + 1]
+        if bool(part.any()):
+            product = op.convolve(source[:, channel : channel + 1], part, None, 1)
+            yield node, ChannelChange(1, rows.start, rows.stop, output[:, rows] - product)
+        else:
+            yield None
 
 
 def rectangles(block: Block, weight_shape: torch.Size) -> list[tuple[int, int, int, int]]:
@@ -102,27 +102,26 @@ def rectangles(block: Block, weight_shape: torch.Size) -> list[tuple[int, int, i
 
 
 def _linear_blocks(
-    node: fx.Node, weight: Tensor, block: Block, nonzero: list[bool], source: Tensor, output: Tensor
+    node: fx.Node, weight: Tensor, block: Block, source: Tensor, output: Tensor
 ) -> Iterator[Start | None]:
     dim = output.dim() - 1
-    for index, (row, row_end, col, col_end) in enumerate(rectangles(block, weight.shape)):
-        if not nonzero[index]:
-            yield None
-            continue
+    for row, row_end, col, col_end in rectangles(block, weight.shape):
         part = weight[row:row_end, col:col_end]
-        masked = add_product(output[..., row:row_end], source[..., col:col_end], part, scale=-1)
-        yield node, ChannelChange(dim, row, row_end, masked)
+        if bool(part.any()):
+            masked = add_product(output[..., row:row_end], source[..., col:col_end], part, scale=-1)
+            yield node, ChannelChange(dim, row, row_end, masked)
+        else:
+            yield None
 
 
 def _conv_blocks(
-    node: fx.Node, op: ConvOp, weight: Tensor, block: Block, nonzero: list[bool], values: Values
+    node: fx.Node, op: ConvOp, weight: Tensor, block: Block, values: Values
 ) -> Iterator[Start | None]:
     """Blocks of one kernel tap: a 1x1 convolution of the inputs that this tap sees."""
     out, inputs, height, width = weight.shape
     output, taps = values[node], weight_as_taps(weight)
     padded = F.pad(values[op.input], _padding(op, (height, width)))
     strides, dilations = _pair(op.stride), _pair(op.dilation)
-    index = 0
     for row in range(0, out, block.rows):
         rows = slice(row, min(row + block.rows, out))
         for tap in range(height * width):
@@ -131,17 +130,17 @@ def _conv_blocks(
             right = left + (output.shape[3] - 1) * strides[1] + 1
             seen = padded[:, :, top : bottom : strides[0], left : right : strides[1]]
             for col in range(0, inputs, block.cols):
-                index += 1
-                if not nonzero[index - 1]:
-                    yield None
-                    continue
                 columns = slice(col, min(col + block.cols, inputs))
-                product = F.conv2d(seen[:, columns], taps[rows, tap, columns][..., None, None])
-                yield node, ChannelChange(1, rows.start, rows.stop, output[:, rows] - product)
+                part = taps[rows, tap, columns]
+                if bool(part.any()):
+                    product = F.conv2d(seen[:, columns], part[..., None, None])
+                    yield node, ChannelChange(1, rows.start, rows.stop, output[:, rows] - product)
+                else:
+                    yield None
 
 
 def _grouped_blocks(
-    node: fx.Node, op: ConvOp, weight: Tensor, block: Block, nonzero: list[bool], values: Values
+    node: fx.Node, op: ConvOp, weight: Tensor, block: Block, values: Values
 ) -> Iterator[Start | None]:
     """Blocks of a grouped convolution, which runs again with the masked weight: its own channels alone
     where each is a group.
@@ -149,21 +148,20 @@ def _grouped_blocks(
     source, bias = values[op.input], op.tensors(values)[1]
     shape = block.shape(weight.shape)
     depthwise = op.groups == source.shape[1] == len(weight)
-    for index in range(len(nonzero)):
-        if not nonzero[index]:
-            yield None
-            continue
-        piece = torch.zeros(len(nonzero), dtype=torch.bool, device=weight.device)
+    for index in range(shape.numel()):
+        piece = torch.zeros(shape.numel(), dtype=torch.bool, device=weight.device)
         piece[index] = True
         masked = weight.masked_fill(block.expand(piece.view(shape), weight.shape), 0.0)
-        if not depthwise:
+        if torch.equal(masked, weight):
+            yield None
+        elif depthwise:
+            begin = index // shape[1] * block.rows
+            rows = slice(begin, min(begin + block.rows, len(weight)))
+            part = None if bias is None else bias[rows]
+            value = op.convolve(source[:, rows], masked[rows], part, rows.stop - rows.start)
+            yield node, ChannelChange(1, rows.start, rows.stop, value)
+        else:
             yield node, op.convolve(source, masked, bias, op.groups)
-            continue
-        begin = index // shape[1] * block.rows
-        rows = slice(begin, min(begin + block.rows, len(weight)))
-        part = None if bias is None else bias[rows]
-        value = op.convolve(source[:, rows], masked[rows], part, rows.stop - rows.start)
-        yield node, ChannelChange(1, rows.start, rows.stop, value)
 
 
 def _pair(value: Any) -> tuple[int, int]:

@@ -22,7 +22,7 @@ from ..batches import (
     model_device,
     read_logits,
 )
-from ..granularity import Block, Granularity, check_granularity, weight_of
+from ..granularity import Block, Granularity, check_count, check_granularity, weight_of
 from ..graph import TracedModel
 from ..layers import Selection, select_layers
 from ..masks import piece_mask_of
@@ -118,7 +118,12 @@ def score(
     check_criterion(criterion)
     check_granularity(granularity)
     layers = select_layers(model, include, exclude)
-    granularities = dict.fromkeys(layers, granularity)
+    found = {name: granularity.for_layer(name, module, model) for name, module in layers.items()}
+    granularities = {name: own for name, own in found.items() if own is not None}
+    layers = {name: layers[name] for name in granularities}
+    if memory_budget is None:
+        memory_budget = default_memory_budget(model_device(model))
+    check_count(memory_budget, "memory_budget")
     loss = Loss(loss_fn)
     if loader is None and criterion != "magnitude":
         raise TypeError(f"`loader` must be an iterable of batches for criterion '{criterion}', got None")
@@ -139,7 +144,9 @@ def score(
                 norms = _fitting(norms, layers, first)
         else:
             assert loader is not None
-            total = sum(granularity.shape(weight_of(module).shape).numel() for module in layers.values())
+            total = sum(
+                granularities[name].shape(weight_of(module).shape).numel() for name, module in layers.items()
+            )
             batches = count_batches(loader) if max_samples is None else None
             with tqdm(
                 total=None if batches is None else total * batches,
@@ -166,9 +173,7 @@ def score(
                             output_transform,
                             traces,
                             norms,
-                            default_memory_budget(model_device(model))
-                            if memory_budget is None
-                            else memory_budget,
+                            memory_budget,
                             bar.update,
                         )
                     deltas.add(batch)
