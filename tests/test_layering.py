@@ -21,8 +21,9 @@ ORDER = (
     "_registration", "ops",
     "granularity", "layers", "batches", "timing", "masks", "block_sparse", "graph", "exported", "node_ops",
     "channel_changes",
-    "importance.criteria", "importance.scores", "importance.piece_changes", "importance.fused",
-    "importance.loss_delta", "importance.scoring", "importance",
+    "importance.calibration", "importance.criterion", "importance.weight_criteria", "importance.criteria",
+    "importance.scores", "importance.piece_changes", "importance.fused", "importance.loss_delta",
+    "importance.eval_mode", "importance.scoring", "importance",
     "modules.linear", "modules.choice", "modules.convert", "modules",
     "metrics", "distillation", "serialization",
     "compress", "demo", "cli",
@@ -113,7 +114,7 @@ def test_siblings_do_not_import_each_other():
 def test_every_form_of_import_is_seen(source, expected):
     assert imported("cli", source, False) == expected
     assert imported(
-        "importance.scores", "from ..masks import Masks\nfrom .criteria import magnitude", False
+        "importance.scores", "from ..masks import Masks\nfrom .criteria import Magnitude", False
     ) == {
         "masks",
         "importance.criteria",
