@@ -80,6 +80,7 @@ class Calibration:
         num_samples: samples that the last pass over ``batches()`` read.
         loss_sum: losses that ``loss`` and ``gradients`` have summed in that pass.
         total_weight: what ``loss_sum`` is divided by for the mean loss.
+        weights: what the means of each layer are over; ``mean`` sets them to ``total_weight``.
 
     """
 
@@ -105,6 +106,7 @@ class Calibration:
         self.num_samples = 0
         self.loss_sum = 0.0
         self.total_weight = 0.0
+        self.weights: dict[str, float] = {}
         self._loss = loss
         self._output_transform = output_transform
         self._read = read
@@ -218,6 +220,17 @@ class Calibration:
             for name, parts in self._parts.items()
         }
 
+    def check_weight(self) -> float:
+        """Return ``total_weight``.
+
+        Raises:
+            ValueError: it is 0, since every target was left out by ``ignore_index``.
+
+        """
+        if self.total_weight == 0:
+            raise ValueError("the loss has no target to average over: all are `ignore_index`")
+        return self.total_weight
+
     def mean(self, sums: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Return sums over the loader divided by the weight of its losses.
 
@@ -225,9 +238,9 @@ class Calibration:
             ValueError: every target was left out by ``ignore_index``.
 
         """
-        if self.total_weight == 0:
-            raise ValueError("the loss has no target to average over: all are `ignore_index`")
-        return {name: layer / self.total_weight for name, layer in sums.items()}
+        total = self.check_weight()
+        self.weights = dict.fromkeys(self.layers, total)
+        return {name: layer / total for name, layer in sums.items()}
 
     @contextlib.contextmanager
     def masked(self, name: str, keep: Tensor) -> Iterator[None]:
@@ -240,12 +253,15 @@ class Calibration:
         """
         with contextlib.ExitStack() as undo:
             for part in self.parts(name):
-                with torch.enable_grad():
-                    masked = torch.where(part.expand(keep), part.tensor, 0.0)
+                kept = part.expand(keep)
+                leaf = _leaf(torch.where(kept, part.tensor.detach(), 0.0), kept, part.mask)
+                key = (id(part.module), part.parameter)
+                undo.callback(self._leaves.__setitem__, key, self._leaves[key])
                 original = part.module._parameters.get(part.parameter)
                 holders = [(part.module, part.parameter)] if original is None else self._holders(original)
                 for module, parameter in holders:
-                    _put(undo, module, parameter, masked)
+                    _put(undo, module, parameter, leaf)
+                self._leaves[key] = leaf
             yield
 
     def _holders(self, parameter: Tensor) -> list[tuple[nn.Module, str]]:
@@ -350,7 +366,8 @@ def _put(undo: contextlib.ExitStack, module: nn.Module, parameter: str, tensor: 
     """Let a module compute with another tensor until the stack is closed."""
     if parametrize.is_parametrized(module, parameter):
         chain: Any = module.parametrizations[parameter]  # type: ignore[index]
-        undo.callback(chain.__delitem__, len(chain))
+        # `del chain[-1]` would put a new dict in the place of the one that EvalMode gives back.
+        undo.callback(chain._modules.pop, str(len(chain)))
         chain.append(_Fixed(tensor))
     else:
         undo.callback(module._parameters.__setitem__, parameter, module._parameters[parameter])
@@ -363,8 +380,15 @@ def _take_gradients(undo: contextlib.ExitStack, part: Part) -> Tensor:
         tensor = part.tensor
         undo.callback(tensor.requires_grad_, tensor.requires_grad)
         return tensor.requires_grad_()
-    leaf, mask = part.tensor.detach().requires_grad_(), part.mask
-    if mask is not None:
-        leaf.register_hook(lambda gradient: gradient.masked_fill(~mask, 0.0))
+    leaf = _leaf(part.tensor.detach(), part.mask)
     _put(undo, part.module, part.parameter, leaf)
+    return leaf
+
+
+def _leaf(tensor: Tensor, *masks: Tensor | None) -> Tensor:
+    """The tensor with a gradient that is zero where a mask is False."""
+    leaf = tensor.requires_grad_()
+    for mask in masks:
+        if mask is not None:
+            leaf.register_hook(lambda gradient, mask=mask: torch.where(mask, gradient, 0.0))
     return leaf

@@ -2,10 +2,18 @@
 
 from __future__ import annotations
 
+from .activation_criteria import Activation, Wanda
 from .criterion import Criterion
+from .gradient_criteria import Fisher, Gradient, GradientChange, Taylor
 from .weight_criteria import Magnitude, Random
 
-CRITERIA: dict[str, type[Criterion]] = {str(kind()): kind for kind in (Magnitude, Random)}
+CRITERIA: dict[str, type[Criterion]] = {
+    str(kind()): kind
+    for kind in (Magnitude, Gradient, GradientChange, Taylor, Fisher, Activation, Wanda, Random)
+}
 """Name to class, as :func:`fastprune.score` takes them."""
 
-__all__ = ["CRITERIA", "Criterion", "Magnitude", "Random"]
+__all__ = [
+    "CRITERIA", "Activation", "Criterion", "Fisher", "Gradient", "GradientChange", "Magnitude", "Random",
+    "Taylor", "Wanda",
+]  # fmt: skip

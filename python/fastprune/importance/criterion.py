@@ -60,10 +60,6 @@ class Criterion(abc.ABC):
         """Return how scores of two shards become those of both."""
         return "never"
 
-    def weights(self, calibration: Calibration) -> dict[str, float]:
-        """Return what each layer's means are over, after ``means``: the weight of the losses."""
-        return dict.fromkeys(calibration.layers, calibration.total_weight)
-
     def check_granularity(self, granularity: Granularity) -> None:
         """Raise ValueError for pieces that the criterion has no score for."""
         if isinstance(granularity, self.refuses):
@@ -126,7 +122,7 @@ def evaluate(criterion: UserCriterion, calibration: Calibration) -> Findings:
         scores,
         merging=merging,
         means=means if merging in _FINISH else None,
-        weights=criterion.weights(calibration),
+        weights=calibration.weights,
         loss=_mean_loss(calibration),
         num_samples=calibration.num_samples,
     )
