@@ -248,7 +248,7 @@ def test_keyword_inputs_and_dict_outputs_are_compressed():
         ("rounds", 2.5, ValueError),
         ("epochs", 0, ValueError),
         ("granularity", 16, TypeError),
-        ("criterion", "random", ValueError),
+        ("criterion", "l3", ValueError),
         ("scope", "everywhere", ValueError),
         ("teacher", "mine", ValueError),
         ("teacher", mlp(), ValueError),

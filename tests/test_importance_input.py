@@ -78,7 +78,7 @@ def test_a_loader_that_yields_something_else_is_refused_by_name(kind):
 @pytest.mark.parametrize(
     ("argument", "value", "error"),
     [
-        ("criterion", "taylor", ValueError),
+        ("criterion", "l3", ValueError),
         ("criterion", None, ValueError),
         ("granularity", 16, TypeError),
         ("granularity", (16, 16), TypeError),

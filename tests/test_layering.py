@@ -20,10 +20,12 @@ ORDER = (
     "_library", "reference",
     "_registration", "ops",
     "granularity", "layers", "batches", "timing", "masks", "block_sparse", "graph", "exported", "node_ops",
-    "tracing",     "channel_changes",
-    "importance.criteria", "importance.scores", "importance.piece_changes", "importance.fused",
-    "importance.masked_forwards", "importance.chunks",
-    "importance.loss_delta", "importance.scoring", "importance",
+    "tracing", "channel_changes",
+    "importance.calibration", "importance.criterion", "importance.weight_criteria",
+    "importance.sample_gradients", "importance.gradient_criteria", "importance.activation_criteria",
+    "importance.criteria", "importance.scores", "importance.eval_mode",
+    "importance.piece_changes", "importance.fused", "importance.masked_forwards", "importance.chunks",
+    "importance.loss_delta", "importance.first_forward", "importance.scoring", "importance",
     "modules.linear", "modules.choice", "modules.convert", "modules",
     "metrics", "distillation", "serialization",
     "compress", "demo", "cli",
@@ -114,7 +116,7 @@ def test_siblings_do_not_import_each_other():
 def test_every_form_of_import_is_seen(source, expected):
     assert imported("cli", source, False) == expected
     assert imported(
-        "importance.scores", "from ..masks import Masks\nfrom .criteria import magnitude", False
+        "importance.scores", "from ..masks import Masks\nfrom .criteria import Magnitude", False
     ) == {
         "masks",
         "importance.criteria",

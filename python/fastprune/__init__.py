@@ -10,7 +10,7 @@ from .block_sparse import BlockSparseTensor
 from .compress import CompressionResult, compress
 from .distillation import distill
 from .granularity import Block, Element, Granularity, Head, InputUnit, Layer, ParameterTensor, Unit
-from .importance import ImportanceScores, score
+from .importance import Calibration, ImportanceScores, criteria, score
 from .masks import Budget, Masks, apply_masks_, remove_masks_
 from .metrics import Comparison, compare, evaluate
 from .modules import BlockSparseLinear, explain, sparsify_
@@ -23,6 +23,7 @@ __all__ = [
     "BlockSparseLinear",
     "BlockSparseTensor",
     "Budget",
+    "Calibration",
     "Comparison",
     "CompressionResult",
     "Element",
@@ -40,6 +41,7 @@ __all__ = [
     "compare",
     "compress",
     "cpu_isa",
+    "criteria",
     "distill",
     "evaluate",
     "explain",

@@ -1,4 +1,4 @@
-"""Choosing layers of a model by type, name glob or predicate."""
+"""Choosing layers, modules or parameters of a model by type, name glob or predicate."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 from torch import nn
 from torch.nn.utils import parametrize
 
-from .granularity import is_scorable
+from .granularity import Granularity, Layer, ParameterTensor, is_scorable
 
 Selector = str | type | Callable[[str, nn.Module], bool]
 Selection = Selector | Iterable[Selector] | None
@@ -64,7 +64,7 @@ def check_model(model: object, name: str = "model") -> nn.Module:
 
 
 def select_layers(
-    model: nn.Module, include: Selection = None, exclude: Selection = None
+    model: nn.Module, include: Selection = None, exclude: Selection = None, stacklevel: int = 3
 ) -> dict[str, nn.Module]:
     """Return the Linear and Conv2d layers of a model by name, in the model's order.
 
@@ -99,7 +99,7 @@ def select_layers(
             elif module._parameters.get("weight") is None:
                 reason = "its weight is no parameter; torch.nn.utils.prune.remove makes it one again"
         if reason is not None:
-            warnings.warn(f"fastprune: layer '{name}' is left out: {reason}", stacklevel=3)
+            warnings.warn(f"fastprune: layer '{name}' is left out: {reason}", stacklevel=stacklevel)
             continue
         layers[name] = module
     if not layers:
@@ -108,3 +108,111 @@ def select_layers(
             + (" that `include` and `exclude` leave" if include is not None or exclude is not None else "")
         )
     return layers
+
+
+def select_modules(model: nn.Module, include: Selection, exclude: Selection = None) -> dict[str, nn.Module]:
+    """Return the modules of any kind that a selection names, in the model's order.
+
+    Left out are the model itself, containers that are never called (ModuleList, ModuleDict), and what
+    parametrizations are made of.
+
+    Example:
+        >>> select_modules(model, "encoder.layers.?")
+
+    Raises:
+        TypeError: ``model`` is no module, or a selector is of no known kind.
+        ValueError: nothing is left.
+
+    """
+    included, excluded = _selectors(include, "include"), _selectors(exclude, "exclude")
+    modules = {
+        name: module
+        for name, module in check_model(model).named_modules()
+        if name
+        and not isinstance(module, (nn.ModuleList, nn.ModuleDict))
+        and not _is_in_parametrization(name)
+        and _matches(included, name, module)
+        and not _matches(excluded, name, module)
+    }
+    if not modules:
+        raise ValueError("`model` has no module that `include` and `exclude` leave")
+    return modules
+
+
+def select_parameters(
+    model: nn.Module, include: Selection = None, exclude: Selection = None
+) -> dict[str, nn.Module]:
+    """Return the module that holds each floating-point parameter, by the parameter's name.
+
+    Names are those that the model has without masks ("0.weight"); a tied parameter counts once, under its
+    first name. Globs match the parameter's name, types its module, predicates get both.
+
+    Example:
+        >>> list(select_parameters(nn.Sequential(nn.Linear(2, 3), nn.LayerNorm(3)), exclude="*.bias"))
+        ['0.weight', '1.weight']
+
+    Raises:
+        TypeError: ``model`` is no module, or a selector is of no known kind.
+        ValueError: nothing is left.
+
+    """
+    included, excluded = _selectors(include, "include"), _selectors(exclude, "exclude")
+    owners: dict[str, nn.Module] = {}
+    seen: set[int] = set()
+    for prefix, module in check_model(model).named_modules():
+        if _is_in_parametrization(prefix):
+            continue
+        held: dict[str, Any] = {}
+        if parametrize.is_parametrized(module):
+            held = {key: getattr(chain, "original", None) for key, chain in module.parametrizations.items()}
+        held |= module._parameters
+        for own_name, parameter in held.items():
+            if parameter is None or not parameter.is_floating_point() or id(parameter) in seen:
+                continue
+            seen.add(id(parameter))
+            name = f"{prefix}.{own_name}" if prefix else own_name
+            if include is not None and not _matches(included, name, module):
+                continue
+            if not _matches(excluded, name, module):
+                owners[name] = module
+    if not owners:
+        raise ValueError(
+            "`model` has no parameter"
+            + (" that `include` and `exclude` leave" if include is not None or exclude is not None else "")
+        )
+    return owners
+
+
+def _is_in_parametrization(name: str) -> bool:
+    return "parametrizations" in name.split(".")
+
+
+def select_scored(
+    model: nn.Module, granularity: Granularity, include: Selection = None, exclude: Selection = None
+) -> tuple[dict[str, nn.Module], dict[str, Granularity]]:
+    """Return what a granularity scores of a model, by name, and the granularity of each layer.
+
+    Modules of any kind for ``Layer`` with ``include``, the owners of parameters for ``ParameterTensor``,
+    Linear and Conv2d layers for all others.
+
+    Raises:
+        TypeError: ``model`` is no module, or a selector is of no known kind.
+        ValueError: nothing is left.
+
+    """
+    if isinstance(granularity, ParameterTensor):
+        layers = select_parameters(model, include, exclude)
+    elif isinstance(granularity, Layer) and include is not None:
+        layers = select_modules(model, include, exclude)
+    else:
+        layers = select_layers(model, include, exclude, stacklevel=4)
+    granularities = {}
+    for name, module in layers.items():
+        own = granularity.for_layer(name, module, model)
+        if own is not None:
+            granularities[name] = own
+    if not granularities:
+        raise ValueError(
+            f"`granularity` {granularity} finds no pieces in any of the {len(layers)} layers that were chosen"
+        )
+    return {name: layers[name] for name in granularities}, granularities

@@ -1,17 +1,19 @@
-"""Criteria that need no masked forward."""
+"""Criteria beside the exact loss delta, by name."""
 
 from __future__ import annotations
 
-from torch import Tensor
+from .activation_criteria import Activation, Wanda
+from .criterion import Criterion
+from .gradient_criteria import Fisher, Gradient, GradientChange, Taylor
+from .weight_criteria import Magnitude, Random
 
-from ..granularity import Granularity
+CRITERIA: dict[str, type[Criterion]] = {
+    str(kind()): kind
+    for kind in (Magnitude, Gradient, GradientChange, Taylor, Fisher, Activation, Wanda, Random)
+}
+"""Name to class, as :func:`fastprune.score` takes them."""
 
-
-def magnitude(weight: Tensor, granularity: Granularity) -> Tensor:
-    """Return the L2 norm of each piece of a weight, in float64.
-
-    Source: Han et al. 2015, "Learning both weights and connections for efficient neural networks",
-    section 3, for single weights; the norm of a group as in Li et al. 2017, "Pruning filters for
-    efficient ConvNets", which takes L1.
-    """
-    return granularity.sum_pieces(weight.detach().double().square()).sqrt()
+__all__ = [
+    "CRITERIA", "Activation", "Criterion", "Fisher", "Gradient", "GradientChange", "Magnitude", "Random",
+    "Taylor", "Wanda",
+]  # fmt: skip

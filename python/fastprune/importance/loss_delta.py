@@ -17,11 +17,12 @@ from torch import Tensor, fx, nn
 
 from ..batches import Batch, Loss, OutputTransform, read_logits
 from ..channel_changes import run_changed
-from ..granularity import Block, Element, Granularity, weight_from_taps, weight_of
+from ..granularity import Block, Element, Granularity, is_scorable, weight_from_taps, weight_of
 from ..graph import TracedModel
 from ..layers import has_forward_hooks, is_plain
 from ..node_ops import NodeOp, node_op
 from ..tracing import Traces
+from .calibration import weight_shape_of
 from .chunks import PROBE_SAMPLES, samples_at_once
 from .fused import fused_deltas
 from .masked_forwards import masked_forwards
@@ -29,6 +30,10 @@ from .piece_changes import piece_changes
 
 Advance = Callable[[int], None]
 Values = dict[fx.Node, Any]
+
+
+def _ignore(count: int) -> None:
+    """Show no progress."""
 
 
 class _Call(NamedTuple):
@@ -55,7 +60,6 @@ class LossDeltas:
         traces: the model's traces.
         norms: layer name to the name of the batch norm whose channels go with units.
         memory_budget: bytes that the values of a traced model and what is computed from them may take.
-        advance: called with the number of pieces that were scored.
 
     """
 
@@ -69,7 +73,6 @@ class LossDeltas:
         traces: Traces,
         norms: dict[str, str],
         memory_budget: int,
-        advance: Advance,
     ) -> None:
         self.model = model
         self.layers = layers
@@ -79,23 +82,27 @@ class LossDeltas:
         self.traces = traces
         self.norms = norms
         self.memory_budget = memory_budget
-        self.advance = advance
+        self.advance: Advance = _ignore
         # An element is a block of one; its scores are put back into the weight's shape at the end.
         self.pieces = {
             name: Block(1, 1) if isinstance(granularity, Element) else granularity
             for name, granularity in granularities.items()
         }
         self.sums = {
-            name: torch.zeros(self.pieces[name].shape(weight_of(module).shape).numel(), dtype=torch.float64)
-            for name, module in layers.items()
+            name: torch.zeros(self.pieces[name].shape(self._shape(name)).numel(), dtype=torch.float64)
+            for name in layers
         }
         self.samples_at_once: int | None = None
         self.loss_sum = 0.0
         self.total_weight = 0.0
 
     @torch.no_grad()
-    def add(self, batch: Batch) -> None:
+    def add(self, batch: Batch, advance: Advance | None = None) -> None:
         """Add the deltas of one batch.
+
+        Args:
+            batch: of the loader.
+            advance: called with the number of pieces that were scored.
 
         Raises:
             ValueError: the loss, or the delta of a layer, is NaN or inf; the message names the layer.
@@ -103,6 +110,7 @@ class LossDeltas:
         """
         if self.samples_at_once is None:
             self.samples_at_once = self._samples_at_once(batch)
+        self.advance = advance or _ignore
         *parts, last = batch.split(self.samples_at_once, equal=self.traces.needs_equal_shapes)
         for part in parts:
             self._add(part, last=False)
@@ -154,16 +162,19 @@ class LossDeltas:
             raise ValueError("the loss has no target to average over: all are `ignore_index`")
         scores = {}
         for name, sums in self.sums.items():
-            shape = weight_of(self.layers[name]).shape
+            shape = self._shape(name)
             layer = (sums / self.total_weight).view(self.pieces[name].shape(shape))
             if isinstance(self.granularities[name], Element):
                 layer = weight_from_taps(layer.view(shape[0], -1, shape[1]), shape).contiguous()
             scores[name] = layer
         return scores
 
+    def _shape(self, name: str) -> torch.Size:
+        return weight_shape_of(self.layers[name], self.granularities[name], name)
+
     def _where_not_finite(self, values: dict[fx.Node, Any] | None) -> str:
         for name, module in self.layers.items():
-            if not bool(weight_of(module).isfinite().all()):
+            if is_scorable(module) and not bool(weight_of(module).isfinite().all()):
                 return f": layer '{name}' has such weights"
         for node, value in (values or {}).items():
             if node.op == "call_module" and isinstance(value, Tensor) and not bool(value.isfinite().all()):

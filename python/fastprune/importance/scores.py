@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ..granularity import Granularity
 from ..masks import Budget, Masks, check_scope, check_sparsity, select_pieces
+from .criterion import Merging
 
 
 class ImportanceScores(Mapping[str, Tensor]):
@@ -25,11 +26,16 @@ class ImportanceScores(Mapping[str, Tensor]):
 
     Attributes:
         granularity: what a piece is.
+        granularities: layer name to the granularity with what that layer adds, such as a number of heads.
         criterion: the name of the criterion.
         loss: the mean loss of the unmasked model, None where the criterion needs none.
         num_samples: samples that were read.
         pruned: layer name to bool tensor, True for pieces that were masked already when scored. They
             are selected before all others, so that a pruned piece stays pruned in later rounds.
+        merging: how scores of two shards of the data become those of both, see :class:`Criterion`.
+        means: layer name to the means that the scores are made of, None where they are means themselves.
+        weights: layer name to what its means are over: samples, targets or activations.
+        digest: a hash of the model's state, None where it is not known.
 
     """
 
@@ -46,6 +52,11 @@ class ImportanceScores(Mapping[str, Tensor]):
         element_sizes: Mapping[str, int],
         loss: float | None,
         num_samples: int,
+        granularities: Mapping[str, Granularity] | None = None,
+        merging: Merging = "never",
+        means: Mapping[str, Tensor] | None = None,
+        weights: Mapping[str, float] | None = None,
+        digest: str | None = None,
     ) -> None:
         for name, layer in scores.items():
             if not bool(layer.isfinite().all()):
@@ -55,12 +66,17 @@ class ImportanceScores(Mapping[str, Tensor]):
                 )
         self._scores = dict(scores)
         self.granularity = granularity
+        self.granularities = dict.fromkeys(scores, granularity) | dict(granularities or {})
         self.criterion = criterion
         self.weight_shapes = dict(weight_shapes)
         self.pruned = dict(pruned)
         self.norms = dict(norms)
         self.weight_uses = None if weight_uses is None else dict(weight_uses)
         self.element_sizes = dict(element_sizes)
+        self.merging = merging
+        self.means = None if means is None else dict(means)
+        self.weights = dict(weights or {})
+        self.digest = digest
         self.loss = loss
         self.num_samples = num_samples
 
@@ -77,7 +93,7 @@ class ImportanceScores(Mapping[str, Tensor]):
         """Return the cost of each piece: its weights times what one weight costs in its layer."""
         costs = {}
         for name in self:
-            sizes = self.granularity.sizes(self.weight_shapes[name]).double()
+            sizes = self.granularities[name].sizes(self.weight_shapes[name]).double()
             if cost == "flops":
                 if self.weight_uses is None:
                     raise ValueError("Budget(flops=...) needs scores that were made with a loader")
@@ -143,7 +159,7 @@ class ImportanceScores(Mapping[str, Tensor]):
                 "goes through there; scope='layer' or less sparsity keeps every layer",
                 stacklevel=2,
             )
-        return Masks(masks, self.granularity, self.weight_shapes, self.norms)
+        return Masks(masks, self.granularity, self.weight_shapes, self.norms, self.granularities)
 
     def __repr__(self) -> str:
         loss = "" if self.loss is None else f", loss={self.loss:.6g}"

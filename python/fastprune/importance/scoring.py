@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
+import itertools
 import warnings
-from collections.abc import Iterable
-from typing import Any, NamedTuple
+from collections.abc import Iterable, Iterator
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils import parametrize
 from tqdm.auto import tqdm
 
 from ..batches import (
@@ -16,64 +17,49 @@ from ..batches import (
     Loss,
     LossFunction,
     OutputTransform,
+    check_reiterable,
     count_batches,
     iterate_batches,
     keep_generators,
     model_device,
     read_logits,
 )
-from ..granularity import Block, Granularity, check_count, check_granularity, weight_of
+from ..granularity import (
+    Block,
+    Granularity,
+    Layer,
+    ParameterTensor,
+    check_count,
+    check_granularity,
+    is_scorable,
+    weight_of,
+)
 from ..graph import TracedModel
-from ..layers import Selection, select_layers
+from ..layers import Selection, select_scored
 from ..masks import piece_mask_of
 from ..tracing import Traces
+from .calibration import Calibration, weight_shape_of
 from .chunks import PROBE_SAMPLES, default_memory_budget
-from .criteria import magnitude
+from .criteria import CRITERIA
+from .criterion import Criterion, Findings, UserCriterion, evaluate, name_of
+from .eval_mode import EvalMode
+from .first_forward import find_norms, first_forward, fitting_norms
 from .loss_delta import LossDeltas
 from .scores import ImportanceScores
 
-CRITERIA = ("loss_delta", "magnitude")
-
-
-class _EvalMode:
-    """Eval mode for a while; every module's flags, attributes and buffers come back, whatever happens."""
-
-    def __init__(self, model: nn.Module) -> None:
-        self.attributes = [(module, dict(vars(module))) for module in model.modules()]
-        self.buffers = [
-            (module, name, buffer, buffer.clone())
-            for module in model.modules()
-            for name, buffer in module._buffers.items()
-            if buffer is not None
-        ]
-        self.model = model
-
-    def __enter__(self) -> None:
-        self.model.eval()
-
-    def __exit__(self, *error: object) -> None:
-        for module, attributes in self.attributes:
-            # A forward may keep what it computes, and a trace leaves its own tensors on the model.
-            vars(module).update(attributes)
-            for name in vars(module).keys() - attributes.keys():
-                del vars(module)[name]
-        for module, name, buffer, before in self.buffers:
-            module._buffers[name] = buffer
-            if not torch.equal(buffer, before):  # a forward that counts its calls, say
-                buffer.copy_(before)
-
 
 def check_criterion(criterion: str) -> None:
-    """Raise ValueError for a criterion that does not exist."""
-    if criterion not in CRITERIA:
-        raise ValueError(f"`criterion` must be one of {', '.join(CRITERIA)}, got {criterion!r}")
+    """Raise ValueError for the name of a criterion that does not exist."""
+    names = ("loss_delta", *CRITERIA)
+    if not isinstance(criterion, str) or criterion not in names:
+        raise ValueError(f"`criterion` must be one of {', '.join(names)}, got {criterion!r}")
 
 
 def score(
     model: nn.Module,
     loader: Iterable[Any] | None,
     *,
-    criterion: str = "loss_delta",
+    criterion: str | UserCriterion = "loss_delta",
     granularity: Granularity = Block(16, 16),  # noqa: B008  frozen
     include: Selection = None,
     exclude: Selection = None,
@@ -83,22 +69,28 @@ def score(
     memory_budget: int | None = None,
     progress: bool = True,
 ) -> ImportanceScores:
-    """Score every piece of a model's Linear and Conv2d layers; larger matters more.
+    """Score every piece of a model; larger matters more.
 
     ``loss_delta = loss(masked) - loss(original)``, the mean over all samples of the loader, exact for any
-    network. The model runs in eval mode and is left as it was, also on an error.
+    network; the other criteria are cheaper stand-ins. The model runs in eval mode and is left as it was,
+    also on an error.
 
     Example:
         >>> scores = fp.score(model, loader, criterion="loss_delta", granularity=fp.Unit(), max_samples=1000)
         >>> masks = scores.select(sparsity=0.5)
+        >>> fp.score(model, loader, criterion=fp.criteria.Taylor(per_sample=True)).correlation(scores)
 
     Args:
         model: any module; traced models are scored much faster.
-        loader: an iterable of ``(inputs, targets)`` or of dicts with ``labels``; None for "magnitude",
-            which reads one batch of it to count FLOPs.
-        criterion: "loss_delta", or "magnitude" (the L2 norm of each piece).
-        granularity: ``fp.Block(rows, cols)``, ``fp.Unit()`` or ``fp.Element()``.
-        include: layers to score: module types, name globs, predicates; None for all.
+        loader: an iterable of ``(inputs, targets)`` or of dicts with ``labels``; None for "magnitude" and
+            "random", which read one batch of it to count FLOPs.
+        criterion: "loss_delta", the name of a class of ``fp.criteria`` ("magnitude", "gradient",
+            "gradient_change", "taylor", "fisher", "activation", "wanda", "random"), such an object with
+            options, or any callable from a :class:`Calibration` to a dict of scores.
+        granularity: ``fp.Block(rows, cols)``, ``fp.Unit()``, ``fp.InputUnit()``, ``fp.Head()``,
+            ``fp.Element()``, ``fp.Layer()`` or ``fp.ParameterTensor()``.
+        include: layers to score: module types, name globs, predicates; None for all. Modules of any kind
+            with ``fp.Layer()``, parameters with ``fp.ParameterTensor()``.
         exclude: layers to leave out, in the same forms.
         loss_fn: ``loss_fn(outputs, targets)``, a mean or one value per sample; None for cross-entropy.
         output_transform: picks the logits out of a structured output.
@@ -112,161 +104,177 @@ def score(
 
     Raises:
         TypeError: an argument is of the wrong kind, or the loader yields something else than batches.
-        ValueError: the loader is empty, no layer is left, or weights, losses or deltas are NaN or inf.
+        ValueError: the loader is empty, no layer is left, the criterion has no score for such pieces, or
+            weights, losses or scores are NaN or inf.
 
     """
-    check_criterion(criterion)
+    chosen = _chosen(criterion)
     check_granularity(granularity)
-    layers = select_layers(model, include, exclude)
-    found = {name: granularity.for_layer(name, module, model) for name, module in layers.items()}
-    granularities = {name: own for name, own in found.items() if own is not None}
-    layers = {name: layers[name] for name in granularities}
+    layers, granularities = select_scored(model, granularity, include, exclude)
+    if isinstance(chosen, Criterion):
+        chosen.check_granularity(granularity)
     if memory_budget is None:
         memory_budget = default_memory_budget(model_device(model))
     check_count(memory_budget, "memory_budget")
     loss = Loss(loss_fn)
-    if loader is None and criterion != "magnitude":
+    needs_data = chosen is None or (isinstance(chosen, Criterion) and chosen.needs_data)
+    if loader is None and needs_data:
         raise TypeError(f"`loader` must be an iterable of batches for criterion '{criterion}', got None")
-    with keep_generators(), _EvalMode(model):
-        norms: dict[str, str] = {}
-        if granularity.masks_norms and criterion != "loss_delta":
-            norms = _norms(model, layers, TracedModel.trace(model))
-        first = None
-        num_samples = 0
-        mean_loss = None
-        if criterion == "magnitude":
-            scores = {
-                name: magnitude(weight_of(module), granularity).cpu() for name, module in layers.items()
-            }
-            if loader is not None:
-                batch = next(iterate_batches(loader, model_device(model), max_samples))
-                first = _first_forward(model, layers, batch)
-                norms = _fitting(norms, layers, first)
-        else:
+    with keep_generators(), EvalMode(model):
+        digest = _digest_of(model)
+        traces = Traces(model, layers.values(), lambda output: read_logits(output, output_transform))
+        source = _Source(loader, model_device(model), max_samples)
+        first = probe = traced = None
+        if loader is not None:
+            probe = source.first().head(PROBE_SAMPLES)
+            first = first_forward(model, layers, granularities, probe)
+        if chosen is None:
+            assert probe is not None
+            traced = _trace_of(traces, probe)
+        elif granularity.masks_norms or getattr(chosen, "needs_trace", False):
+            traced = TracedModel.trace(model)
+        norms = find_norms(model, layers, traced) if granularity.masks_norms else {}
+        if first is not None:
+            norms = fitting_norms(norms, layers, first)
+        shapes = {name: weight_shape_of(module, granularities[name], name) for name, module in layers.items()}
+        if chosen is None:
             assert loader is not None
-            total = sum(
-                granularities[name].shape(weight_of(module).shape).numel() for name, module in layers.items()
+            deltas = LossDeltas(
+                model, layers, granularities, loss, output_transform, traces, norms, memory_budget
             )
-            batches = count_batches(loader) if max_samples is None else None
-            with tqdm(
-                total=None if batches is None else total * batches,
-                desc="loss deltas",
-                unit="mask",
-                disable=not progress,
-            ) as bar:
-                deltas = None
-                for batch in iterate_batches(loader, model_device(model), max_samples):
-                    if deltas is None:
-                        probe = batch.head(PROBE_SAMPLES)
-                        first = _first_forward(model, layers, probe)
-                        traces = Traces(
-                            model, layers.values(), lambda output: read_logits(output, output_transform)
-                        )
-                        traced = _trace_of(traces, probe)
-                        if granularity.masks_norms:
-                            norms = _fitting(_norms(model, layers, traced), layers, first)
-                        deltas = LossDeltas(
-                            model,
-                            layers,
-                            granularities,
-                            loss,
-                            output_transform,
-                            traces,
-                            norms,
-                            memory_budget,
-                            bar.update,
-                        )
-                    deltas.add(batch)
-                    num_samples += batch.size
-            assert deltas is not None
-            scores = deltas.result()
-            mean_loss = deltas.loss_sum / deltas.total_weight
+            found = _loss_deltas(deltas, source, progress)
+        else:
+            calibration = Calibration(
+                model,
+                layers,
+                granularities,
+                norms=norms,
+                traced=traced,
+                loss=loss,
+                output_transform=output_transform,
+                read=source.batches,
+                num_batches=source.count(),
+                progress=progress,
+            )
+            with calibration:
+                found = evaluate(chosen, calibration)
         return ImportanceScores(
-            scores,
+            found.scores,
             granularity=granularity,
-            criterion=criterion,
-            weight_shapes={name: weight_of(module).shape for name, module in layers.items()},
-            pruned=_pruned(layers, granularity),
+            granularities=granularities,
+            criterion=criterion if isinstance(criterion, str) else name_of(criterion),
+            weight_shapes=shapes,
+            pruned=_pruned(layers, granularities),
             norms=norms,
             weight_uses=None if first is None else first.weight_uses,
-            element_sizes={name: weight_of(module).element_size() for name, module in layers.items()},
-            loss=mean_loss,
-            num_samples=num_samples,
+            element_sizes={
+                name: _element_size(name, module, granularities[name]) for name, module in layers.items()
+            },
+            loss=found.loss,
+            num_samples=found.num_samples,
+            merging=found.merging,
+            means=found.means,
+            weights=found.weights,
+            digest=digest,
         )
 
 
-def _norms(model: nn.Module, layers: dict[str, nn.Module], traced: TracedModel | None) -> dict[str, str]:
-    """Layer name to the name of the batch norm that is the only consumer of its output."""
-    if traced is None:
-        if any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in model.modules()):
-            warnings.warn(
-                "fastprune: the model cannot be traced, so units are scored and masked without the batch "
-                "norm after them",
-                stacklevel=3,
-            )
-        return {}
-    norms = {}
-    for name, module in layers.items():
-        node = traced.single_call(module)
-        norm_node = traced.batch_norm_of(node) if node is not None else None
-        norm = traced.module_of(norm_node) if norm_node is not None else None
-        if norm is not None and norm.affine and norm.num_features == weight_of(module).shape[0]:
-            norms[name] = str(traced.module_name(norm_node))  # type: ignore[arg-type]
-    return norms
+def _chosen(criterion: object) -> UserCriterion | None:
+    """The callable to ask, None for the exact loss delta."""
+    if isinstance(criterion, str):
+        check_criterion(criterion)
+        return None if criterion == "loss_delta" else CRITERIA[criterion]()
+    if isinstance(criterion, type) or not callable(criterion):
+        check_criterion(criterion)  # type: ignore[arg-type]
+    return criterion  # type: ignore[return-value]
 
 
-def _pruned(layers: dict[str, nn.Module], granularity: Granularity) -> dict[str, Tensor]:
+class _Source:
+    """The batches of a loader, of which the first is looked at before they are read."""
+
+    def __init__(self, loader: Iterable[Any] | None, device: torch.device, max_samples: int | None) -> None:
+        self.loader = loader
+        self.device = device
+        self.max_samples = max_samples
+        self._ahead: Iterator[Batch] | None = None
+        self._passes = 0
+
+    def _read(self) -> Iterator[Batch]:
+        if self.loader is None:
+            raise TypeError("`loader` must be an iterable of batches for this criterion, got None")
+        return iterate_batches(self.loader, self.device, self.max_samples)
+
+    def first(self) -> Batch:
+        """Return the first batch, which ``batches`` yields again."""
+        batches = self._read()
+        batch = next(batches)
+        self._ahead = itertools.chain([batch], batches)
+        return batch
+
+    def batches(self) -> Iterator[Batch]:
+        """Return the batches; from the second pass on the loader is read anew."""
+        self._passes += 1
+        if self._passes > 1:
+            check_reiterable(self.loader, "loader")
+        ahead, self._ahead = self._ahead, None
+        return self._read() if ahead is None else ahead
+
+    def count(self) -> int | None:
+        """Return how many batches there will be, or None."""
+        return None if self.loader is None or self.max_samples is not None else count_batches(self.loader)
+
+
+def _loss_deltas(deltas: LossDeltas, source: _Source, progress: bool) -> Findings:
+    batches = source.count()
+    num_samples = 0
+    with tqdm(desc="loss deltas", unit="mask", disable=not progress) as bar:
+        if batches is not None:
+            bar.total = batches * sum(len(sums) for sums in deltas.sums.values())
+        for batch in source.batches():
+            deltas.add(batch, bar.update)
+            num_samples += batch.size
+    return Findings(
+        deltas.result(),
+        merging="mean",
+        weights=dict.fromkeys(deltas.layers, deltas.total_weight),
+        loss=deltas.loss_sum / deltas.total_weight,
+        num_samples=num_samples,
+    )
+
+
+def _element_size(name: str, module: nn.Module, granularity: Granularity) -> int:
+    """Bytes of one weight."""
+    if isinstance(granularity, ParameterTensor):
+        return int(getattr(module, name.rpartition(".")[2]).element_size())
+    if is_scorable(module):
+        return weight_of(module).element_size()
+    return next((parameter.element_size() for parameter in module.parameters()), 0)
+
+
+def _digest_of(model: nn.Module) -> str:
+    """What tells two models apart: a hash of all values of the state."""
+    digest = hashlib.sha256()
+    for name, tensor in model.state_dict().items():
+        if isinstance(tensor, Tensor):
+            digest.update(name.encode())
+            digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _pruned(layers: dict[str, nn.Module], granularities: dict[str, Granularity]) -> dict[str, Tensor]:
     """Pieces of which a mask has left nothing."""
     pruned = {}
     for name, module in layers.items():
-        mask = piece_mask_of(module) if parametrize.is_parametrized(module, "weight") else None
+        granularity = granularities[name]
+        if isinstance(granularity, ParameterTensor):
+            mask = piece_mask_of(module, name.rpartition(".")[2])
+        elif isinstance(granularity, Layer):
+            mask = None  # no mask on a weight takes a layer out
+        else:
+            mask = piece_mask_of(module)
         if mask is not None:
             pruned[name] = granularity.sum_pieces(mask.long()).cpu() == 0
     return pruned
-
-
-class _FirstForward(NamedTuple):
-    """What one plain forward shows: its output, and for each layer the dimensions of its output and how
-    often its weights are multiplied for one sample, as FLOPs count it.
-    """  # noqa: D205
-
-    output: Any
-    weight_uses: dict[str, float]
-    output_dims: dict[str, int]
-
-
-@torch.no_grad()
-def _first_forward(model: nn.Module, layers: dict[str, nn.Module], batch: Batch) -> _FirstForward:
-    uses = dict.fromkeys(layers, 0.0)
-    dims = dict.fromkeys(layers, 0)
-
-    def count(name: str, out: int) -> Any:
-        def hook(module: nn.Module, inputs: tuple, output: Any) -> None:
-            if isinstance(output, Tensor):
-                uses[name] += output.numel() / out / batch.size
-                dims[name] = output.dim()
-
-        return hook
-
-    handles = [
-        module.register_forward_hook(count(name, weight_of(module).shape[0]))
-        for name, module in layers.items()
-    ]
-    try:
-        output = batch.fresh().call(model)
-    finally:
-        for handle in handles:
-            handle.remove()
-    return _FirstForward(output, uses, dims)
-
-
-def _fitting(norms: dict[str, str], layers: dict[str, nn.Module], first: _FirstForward) -> dict[str, str]:
-    """The norms whose channels are the layer's units: after a Linear on ``[*, L, features]`` they are L."""
-    return {
-        name: norm
-        for name, norm in norms.items()
-        if not (isinstance(layers[name], nn.Linear) and first.output_dims[name] != 2)
-    }
 
 
 @torch.no_grad()
@@ -276,6 +284,6 @@ def _trace_of(traces: Traces, batch: Batch) -> TracedModel | None:
     if traced is None:
         warnings.warn(
             f"fastprune: the model is scored by masked forwards, which is slower: {traces.problem}",
-            stacklevel=4,
+            stacklevel=5,
         )
     return traced

@@ -1,0 +1,161 @@
+"""What a criterion is: a callable from a Calibration to scores."""
+
+from __future__ import annotations
+
+import abc
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from ..granularity import Granularity
+from .calibration import Calibration
+
+Merging = Literal["mean", "absolute mean", "root mean", "max", "same", "never"]
+UserCriterion = Callable[[Calibration], Mapping[str, Tensor]]
+
+_FINISH: dict[str, Callable[[Tensor], Tensor]] = {"absolute mean": torch.abs, "root mean": torch.sqrt}
+
+
+def finish(merging: Merging, means: Tensor) -> Tensor:
+    """Return the scores that means stand for: their absolute value, their root, or the means themselves."""
+    return _FINISH[merging](means) if merging in _FINISH else means
+
+
+@dataclasses.dataclass(frozen=True)
+class Criterion(abc.ABC):
+    """A criterion with options: a frozen dataclass that is called with a :class:`Calibration`.
+
+    ``means`` gives what is averaged over the data, and ``merging`` says what scores are made of it, so that
+    scores of two shards can be merged:
+
+    - "mean": the score is the mean itself
+    - "absolute mean", "root mean": its absolute value, or its square root
+    - "max": a largest value, not a mean
+    - "same": the data plays no part
+    - "never": a score of the whole data that cannot be made of those of its parts
+
+    Example:
+        >>> @dataclasses.dataclass(frozen=True)
+        ... class Size(fp.criteria.Criterion):
+        ...     needs_data = False
+        ...     def means(self, calibration):
+        ...         return {n: calibration.granularities[n].sizes(l.weight.shape).double()
+        ...                 for n, l in calibration.layers.items()}
+        >>> fp.score(model, None, criterion=Size())
+
+    """
+
+    needs_data: ClassVar[bool] = True
+    needs_trace: ClassVar[bool] = False
+    refuses: ClassVar[tuple[type[Granularity], ...]] = ()
+
+    @abc.abstractmethod
+    def means(self, calibration: Calibration) -> dict[str, Tensor]:
+        """Return one float64 tensor per layer, in the granularity's shape."""
+
+    def merging(self, granularity: Granularity) -> Merging:
+        """Return how scores of two shards become those of both."""
+        return "never"
+
+    def check_granularity(self, granularity: Granularity) -> None:
+        """Raise ValueError for pieces that the criterion has no score for."""
+        if isinstance(granularity, self.refuses):
+            raise ValueError(f"criterion '{self}' has no score for `granularity` {granularity}")
+
+    def __call__(self, calibration: Calibration) -> dict[str, Tensor]:
+        """Return the scores."""
+        means = self.means(calibration)
+        return {
+            name: finish(self.merging(calibration.granularities[name]), layer)
+            for name, layer in means.items()
+        }
+
+    def __str__(self) -> str:
+        """Return the name, with the options that are not at their defaults."""
+        options = ", ".join(
+            f"{field.name}={getattr(self, field.name)!r}"
+            for field in dataclasses.fields(self)
+            if getattr(self, field.name) != field.default
+        )
+        name = "".join(f"_{c.lower()}" if c.isupper() else c for c in type(self).__name__).lstrip("_")
+        return f"{name}({options})" if options else name
+
+
+@dataclasses.dataclass(frozen=True)
+class Findings:
+    """What a criterion found, and what merging with another shard needs."""
+
+    scores: Mapping[str, Tensor]
+    merging: Merging = "never"
+    means: Mapping[str, Tensor] | None = None
+    weights: Mapping[str, float] | None = None
+    loss: float | None = None
+    num_samples: int = 0
+
+
+def name_of(criterion: object) -> str:
+    """Return the name of a criterion as scores carry it."""
+    if isinstance(criterion, Criterion):
+        return str(criterion)
+    return getattr(criterion, "__name__", type(criterion).__name__)
+
+
+def evaluate(criterion: UserCriterion, calibration: Calibration) -> Findings:
+    """Ask a criterion for its scores and check them.
+
+    Raises:
+        TypeError: it gives no dict of tensors; the message names the criterion.
+        ValueError: names or shapes are not those of the layers, or scores are NaN or inf.
+
+    """
+    name = name_of(criterion)
+    if not isinstance(criterion, Criterion):
+        scores = _checked(name, criterion(calibration), calibration)
+        return Findings(scores, num_samples=calibration.num_samples, loss=_mean_loss(calibration))
+    means = _checked(name, criterion.means(calibration), calibration)
+    merging = criterion.merging(next(iter(calibration.granularities.values())))
+    scores = {layer: finish(merging, values) for layer, values in means.items()}
+    return Findings(
+        scores,
+        merging=merging,
+        means=means if merging in _FINISH else None,
+        weights=calibration.weights,
+        loss=_mean_loss(calibration),
+        num_samples=calibration.num_samples,
+    )
+
+
+def _mean_loss(calibration: Calibration) -> float | None:
+    return calibration.loss_sum / calibration.total_weight if calibration.total_weight else None
+
+
+def _checked(name: str, found: object, calibration: Calibration) -> dict[str, Tensor]:
+    """Scores by layer, in the model's order, as float64 on the CPU."""
+    if not isinstance(found, Mapping):
+        raise TypeError(
+            f"`criterion` {name} must return a dict of tensors by layer, got a {type(found).__name__}"
+        )
+    missing = [layer for layer in calibration.layers if layer not in found]
+    unexpected = [layer for layer in found if layer not in calibration.layers]
+    if missing or unexpected:
+        raise ValueError(
+            f"`criterion` {name} must return scores for each of {list(calibration.layers)[:5]}, "
+            f"missing {missing[:5]}, unexpected {unexpected[:5]}"
+        )
+    scores = {}
+    for layer in calibration.layers:
+        values, shape = found[layer], calibration.pieces(layer)
+        if not isinstance(values, Tensor):
+            raise TypeError(
+                f"`criterion` {name} must return tensors, got a {type(values).__name__} for layer '{layer}'"
+            )
+        if values.shape != shape or values.is_complex():
+            raise ValueError(
+                f"`criterion` {name} must return real scores of shape {list(shape)} for layer '{layer}', "
+                f"got {values.dtype} of shape {list(values.shape)}"
+            )
+        scores[layer] = values.detach().double().cpu().clone()
+    return scores
