@@ -22,6 +22,10 @@ STABLE_TORCH_LIBRARY(fastprune, library) {
   library.def(
       "ablated_cross_entropy(Tensor logits, Tensor hidden, Tensor weight, Tensor targets, "
       "Tensor pieces, Tensor? sample_weight) -> Tensor");
+  library.def(
+      "ablated_mlp_cross_entropy(Tensor logits, Tensor input, Tensor pre_activation, "
+      "Tensor first_weight, Tensor second_weight, Tensor targets, Tensor pieces, str activation, "
+      "Tensor? sample_weight) -> Tensor");
 }
 
 PYBIND11_MODULE(_C, module) {

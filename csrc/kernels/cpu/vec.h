@@ -95,6 +95,24 @@ inline V minimum(V a, V b) {
   return a < b ? a : b;
 }
 
+// Whether a comparison holds in every lane.
+template <class V>
+inline bool all_lanes(V mask) {
+#if defined(__AVX512F__)
+  static_assert(sizeof(V) == 64);
+  return _mm512_cmpneq_epi64_mask(bit_cast<__m512i>(mask), _mm512_set1_epi64(-1)) == 0;
+#elif defined(__AVX2__)
+  static_assert(sizeof(V) == 32);
+  return _mm256_movemask_epi8(bit_cast<__m256i>(mask)) == -1;
+#else
+  using Words = Vec<int64_t, static_cast<int>(sizeof(V)) / 8>;
+  const Words words = bit_cast<Words>(mask);
+  int64_t all = -1;
+  for (int i = 0; i < static_cast<int>(sizeof(V)) / 8; ++i) all &= words[i];
+  return all == -1;
+#endif
+}
+
 // Bounds of the relative errors of the functions below, over their whole range, with and
 // without fused multiply-adds; tests/cpp/vec_accuracy.cpp measures them.
 constexpr double kExpRelativeError = 1.5e-7;
