@@ -302,6 +302,33 @@ def _ablated_mlp_cross_entropy_backward(ctx: Any, grad: Tensor) -> tuple:
     return (*gradients, None, None, None, None)
 
 
+def _ablate_linear_fake(output: Tensor, input: Tensor, weight: Tensor, pieces: Tensor) -> Tensor:
+    op = "ablate_linear"
+    for name, tensor in (("output", output), ("input", input), ("pieces", pieces)):
+        _check(tensor.dim() == 2, f"{op}: `{name}` must have 2 dimensions, got {list(tensor.shape)}")
+    _check_shapes(
+        op,
+        input=(input, (output.shape[0], input.shape[1])),
+        weight=(weight, (output.shape[1], input.shape[1])),
+        pieces=(pieces, (pieces.shape[0], 4)),
+    )
+    return output.new_empty(pieces.shape[0], *output.shape)
+
+
+def _ablate_linear_setup(ctx: Any, inputs: tuple, output: Tensor) -> None:
+    ctx.save_for_backward(*inputs)
+
+
+def _ablate_linear_backward(ctx: Any, grad: Tensor) -> tuple:
+    *tensors, pieces = ctx.saved_tensors
+    with torch.enable_grad():
+        leaves = [tensor.detach().requires_grad_() for tensor in tensors]
+        output, input, weight = leaves
+        masked = reference.ablate_linear(output, input, weight, pieces)
+        gradients = torch.autograd.grad(masked, leaves, grad)
+    return (*gradients, None)
+
+
 def _samples(shape: Any) -> int:
     samples = 1
     for size in shape[:-1]:
@@ -327,6 +354,7 @@ for _name, _fake in (
     ("block_sparse_linear_weight_gradient", _block_sparse_linear_weight_gradient_fake),
     ("ablated_cross_entropy", _ablated_cross_entropy_fake),
     ("ablated_mlp_cross_entropy", _ablated_mlp_cross_entropy_fake),
+    ("ablate_linear", _ablate_linear_fake),
 ):
     torch.library.register_fake(f"fastprune::{_name}", _fake)
 for _name, _backward, _setup in (
@@ -335,6 +363,7 @@ for _name, _backward, _setup in (
     ("block_sparse_linear_weight_gradient", _weight_gradient_backward, _weight_gradient_setup),
     ("ablated_cross_entropy", _ablated_cross_entropy_backward, _ablated_cross_entropy_setup),
     ("ablated_mlp_cross_entropy", _ablated_mlp_cross_entropy_backward, _ablated_mlp_cross_entropy_setup),
+    ("ablate_linear", _ablate_linear_backward, _ablate_linear_setup),
 ):
     torch.library.register_autograd(f"fastprune::{_name}", _backward, setup_context=_setup)
 for _device in ("cpu", "cuda"):
@@ -344,6 +373,7 @@ for _device in ("cpu", "cuda"):
         "block_sparse_linear_inference",
         "ablated_cross_entropy",
         "ablated_mlp_cross_entropy",
+        "ablate_linear",
     ):
         torch.library.register_autocast(f"fastprune::{_name}", _device, torch.float32)
 register_flop_formula(

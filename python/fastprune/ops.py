@@ -187,6 +187,37 @@ def block_sparse_linear_weight_gradient(
     return _ops.block_sparse_linear_weight_gradient(grad_output, input, crow_indices, col_indices, *blocksize)
 
 
+def ablate_linear(output: Tensor, input: Tensor, weight: Tensor, pieces: Tensor) -> Tensor:
+    """Return a linear layer's output for each of many masked pieces of its weight.
+
+    Each is ``output`` less ``input[:, cols] @ weight[rows, cols].T`` in the columns ``rows`` of its piece:
+    the layer does not run again. Differentiable in ``output``, ``input`` and ``weight``. The bits of the
+    result do not depend on the number of threads.
+
+    Example:
+        >>> heads = torch.tensor([[0, 768, h * 64, h * 64 + 64] for h in range(12)], dtype=torch.int32)
+        >>> masked = fp.ops.ablate_linear(layer(input), input, layer.weight, heads)
+        >>> masked.shape
+        torch.Size([12, 100, 768])
+
+    Args:
+        output: ``[samples, out_features]``, the layer's output; float32 or float64.
+        input: ``[samples, in_features]``, the layer's input.
+        weight: ``[out_features, in_features]``.
+        pieces: ``[pieces, 4]``, int32: row_begin, row_end, col_begin, col_end of a rectangle of ``weight``.
+
+    Returns:
+        ``[pieces, samples, out_features]``, contiguous, the dtype of ``output``.
+
+    Raises:
+        ValueError: shapes, dtypes or devices disagree, or pieces are out of range.
+
+    """
+    if _lacks_cuda_kernel("ablate_linear", output, False) or _is_transformed():
+        return reference.ablate_linear(output, input, weight, pieces)
+    return _ops.ablate_linear(output, input, weight, pieces)
+
+
 def ablated_cross_entropy(
     logits: Tensor,
     hidden: Tensor,

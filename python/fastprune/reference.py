@@ -117,6 +117,11 @@ def _masked_weights(weight: Tensor, pieces: Tensor) -> Tensor:
     return torch.where(in_rows[:, :, None] & in_cols[:, None, :], weight, 0.0)
 
 
+def ablate_linear(output: Tensor, input: Tensor, weight: Tensor, pieces: Tensor) -> Tensor:
+    """Return the layer's output for each masked piece, by way of ``[pieces, *weight.shape]`` weights."""
+    return output - input @ _masked_weights(weight, pieces).transpose(1, 2)
+
+
 def _cross_entropy_deltas(
     logits: Tensor, masked: Tensor, targets: Tensor, sample_weight: Tensor | None
 ) -> Tensor:

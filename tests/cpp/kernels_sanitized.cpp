@@ -313,11 +313,47 @@ void test_ablated_mlp_cross_entropy(int64_t samples, int64_t features, int64_t h
 }
 
 template <class T>
+void test_ablate_linear(int64_t samples, int64_t in_features, int64_t out_features, int32_t rows) {
+  using namespace fastprune;
+  const auto input = random_values<T>(samples * in_features);
+  const auto output = random_values<T>(samples * out_features);
+  const auto weight = random_values<T>(out_features * in_features);
+  const std::vector<int32_t> pieces = block_pieces(out_features, in_features, rows, 7);
+  AblateLinearArgs<T> args;
+  args.input = {input.data(), samples, in_features, in_features};
+  args.output = {output.data(), samples, out_features, out_features};
+  args.weight = {weight.data(), out_features, in_features, in_features};
+  args.pieces = pieces.data();
+  args.num_pieces = int64_t(pieces.size()) / 4;
+  std::vector<T> masked(args.num_pieces * samples * out_features, T(1e30));
+  args.masked = masked.data();
+  const auto& kernels = kernels_of<T>(cpu_kernels());
+  std::vector<T> scratch(kernels.ablate_linear_scratch(args));
+  const int64_t total = args.num_pieces * samples;
+  kernels.ablate_linear(args, 0, total / 3, scratch.data());
+  kernels.ablate_linear(args, total / 3, total, scratch.data());
+
+  bool equal = true;
+  for (int64_t i = 0; i < total * out_features; ++i) {
+    const int32_t* piece = pieces.data() + 4 * (i / out_features / samples);
+    const int64_t n = i / out_features % samples, r = i % out_features;
+    double wanted = output[n * out_features + r];
+    for (int64_t j = piece[2]; r >= piece[0] && r < piece[1] && j < piece[3]; ++j) {
+      wanted -= double(input[n * in_features + j]) * double(weight[r * in_features + j]);
+    }
+    equal &= std::abs(wanted - double(masked[i])) < 1e-3;
+  }
+  check(equal, "ablate_linear", samples, in_features, out_features);
+}
+
+template <class T>
 void test_all() {
   for (int64_t samples : {1, 5, 17, 200}) {
     for (int64_t in_features : {1, 15, 64, 129}) {
       for (int64_t out_features : {1, 17, 151}) {
         for (int64_t rows : {1, 5, 8, 16, 48}) {
+          test_ablate_linear<T>(samples > 17 ? 17 : samples, in_features, out_features,
+                                static_cast<int32_t>(rows));
           const int64_t cols = rows == 8 ? 1 : rows == 5 ? 3 : 16;
           test_block_product<T>(samples, in_features, out_features, rows, cols, 0.4, 3, false);
           test_block_product<T>(samples, in_features, out_features, rows, cols, 0.4, 3, true);

@@ -29,6 +29,10 @@ namespace fastprune {
   template <class T>                                                                             \
   void ablated_mlp_cross_entropy(const AblatedMlpCrossEntropyArgs<T>&, int64_t, int64_t, T*);    \
   template <class T>                                                                             \
+  int64_t ablate_linear_scratch(const AblateLinearArgs<T>&);                                     \
+  template <class T>                                                                             \
+  void ablate_linear(const AblateLinearArgs<T>&, int64_t, int64_t, T*);                          \
+  template <class T>                                                                             \
   constexpr CpuKernelsOf<T> kTable = {plan_block_product<T>,                                     \
                                       block_product<T>,                                          \
                                       plan_block_sparse_linear_weight_gradient<T>,               \
@@ -36,7 +40,9 @@ namespace fastprune {
                                       ablated_cross_entropy_scratch<T>,                          \
                                       ablated_cross_entropy<T>,                                  \
                                       ablated_mlp_cross_entropy_scratch<T>,                      \
-                                      ablated_mlp_cross_entropy<T>};                             \
+                                      ablated_mlp_cross_entropy<T>,                              \
+                                      ablate_linear_scratch<T>,                                  \
+                                      ablate_linear<T>};                                         \
   }
 
 FASTPRUNE_DECLARE_KERNELS(baseline)

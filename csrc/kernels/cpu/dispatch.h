@@ -4,6 +4,7 @@
 #include <string>
 #include <vector>
 
+#include "../ablate_linear.h"
 #include "../ablated_cross_entropy.h"
 #include "../ablated_mlp_cross_entropy.h"
 #include "../block_sparse_linear_weight_gradient.h"
@@ -31,6 +32,8 @@ struct CpuKernelsOf {
   int64_t (*ablated_mlp_cross_entropy_scratch)(const AblatedMlpCrossEntropyArgs<T>&);
   void (*ablated_mlp_cross_entropy)(const AblatedMlpCrossEntropyArgs<T>&, int64_t begin,
                                     int64_t end, T* scratch);
+  int64_t (*ablate_linear_scratch)(const AblateLinearArgs<T>&);
+  void (*ablate_linear)(const AblateLinearArgs<T>&, int64_t begin, int64_t end, T* scratch);
 };
 
 struct CpuKernels {
