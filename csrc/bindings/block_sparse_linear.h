@@ -6,20 +6,11 @@
 #include <vector>
 
 #include "../kernels/block_sparse_linear.h"
+#include "activation_names.h"
 #include "tensor_checks.h"
 #include "tensor_memory.h"
 
 namespace fastprune {
-
-inline Activation parse_activation(const char* op, const std::string& name) {
-  if (name == "none") return Activation::kNone;
-  if (name == "relu") return Activation::kRelu;
-  if (name == "gelu") return Activation::kGelu;
-  if (name == "gelu_tanh") return Activation::kGeluTanh;
-  if (name == "silu") return Activation::kSilu;
-  throw_value_error(
-      op, ": `activation` must be 'none', 'relu', 'gelu', 'gelu_tanh' or 'silu', got '", name, "'");
-}
 
 constexpr int64_t kLargestBlock = 128;
 

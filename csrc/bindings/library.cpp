@@ -22,6 +22,11 @@ STABLE_TORCH_LIBRARY(fastprune, library) {
   library.def(
       "ablated_cross_entropy(Tensor logits, Tensor hidden, Tensor weight, Tensor targets, "
       "Tensor pieces, Tensor? sample_weight) -> Tensor");
+  library.def(
+      "ablated_mlp_cross_entropy(Tensor logits, Tensor input, Tensor pre_activation, "
+      "Tensor first_weight, Tensor second_weight, Tensor targets, Tensor pieces, str activation, "
+      "Tensor? sample_weight) -> Tensor");
+  library.def("ablate_linear(Tensor output, Tensor input, Tensor weight, Tensor pieces) -> Tensor");
 }
 
 PYBIND11_MODULE(_C, module) {

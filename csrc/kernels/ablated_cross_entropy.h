@@ -18,6 +18,7 @@
 // over fixed chunks added in order.
 #pragma once
 
+#include "cross_entropy_pieces.h"
 #include "types.h"
 
 namespace fastprune {
@@ -31,21 +32,8 @@ struct AblatedCrossEntropyArgs {
   const T* sample_weight;
   const int32_t* pieces;
   int64_t num_pieces;
-  // Workspaces, sample innermost, padded_samples = samples rounded up to kSamplePadding.
-  T* probabilities;      // [classes][padded_samples], zero where padded
-  T* hidden_transposed;  // [features][padded_samples], zero where padded
-  T* padded_weight;      // [padded_samples], zero where padded
-  int64_t padded_samples;
-  double* partial_sums;  // [sample_chunks][num_pieces]
+  int64_t span;          // samples_per_span()
+  double* partial_sums;  // [spans][num_pieces]
 };
-
-constexpr int64_t kSamplePadding = 16;
-// Long enough to use a piece's weights many times, short enough that the probabilities of 10
-// classes stay in the first-level cache.
-constexpr int64_t kSamplesPerChunk = 256;
-
-inline int64_t ablated_cross_entropy_chunks(int64_t samples) {
-  return (samples + kSamplesPerChunk - 1) / kSamplesPerChunk;
-}
 
 }  // namespace fastprune

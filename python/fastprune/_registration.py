@@ -25,6 +25,19 @@ def _check_floating(op: str, name: str, tensor: Tensor) -> None:
     _check(tensor.dim() >= 1, f"{op}: `{name}` must have at least 1 dimension, got 0")
 
 
+def _check_activation(op: str, activation: str) -> None:
+    activations = ("none", *reference.ACTIVATIONS)
+    _check(activation in activations, f"{op}: `activation` must be one of {activations}, got '{activation}'")
+
+
+def _check_shapes(op: str, **expected: tuple[Tensor, tuple[int, ...]]) -> None:
+    for name, (tensor, shape) in expected.items():
+        _check(
+            tuple(tensor.shape) == shape,
+            f"{op}: `{name}` must have shape {list(shape)}, got {list(tensor.shape)}",
+        )
+
+
 def _check_like(op: str, like: Tensor, **tensors: Tensor | None) -> None:
     """Check that tensors have the device and the dtype of another."""
     for name, tensor in tensors.items():
@@ -69,8 +82,7 @@ def _block_sparse_linear_fake(
     activation: str,
 ) -> Tensor:
     op = "block_sparse_linear"
-    activations = ("none", *reference.ACTIVATIONS)
-    _check(activation in activations, f"{op}: `activation` must be one of {activations}, got '{activation}'")
+    _check_activation(op, activation)
     _check_floating(op, "input", input)
     _check_blocks(op, packed_values)
     _check_like(op, input, packed_values=packed_values, bias=bias)
@@ -219,16 +231,13 @@ def _ablated_cross_entropy_fake(
 ) -> Tensor:
     op = "ablated_cross_entropy"
     _check(logits.dim() == 2, f"{op}: `logits` must have 2 dimensions, got {list(logits.shape)}")
-    for name, tensor, shape in (
-        ("hidden", hidden, (logits.shape[0], weight.shape[1])),
-        ("weight", weight, (logits.shape[1], hidden.shape[1])),
-        ("targets", targets, (logits.shape[0],)),
-        ("pieces", pieces, (pieces.shape[0], 4)),
-    ):
-        _check(
-            tuple(tensor.shape) == shape,
-            f"{op}: `{name}` must have shape {list(shape)}, got {list(tensor.shape)}",
-        )
+    _check_shapes(
+        op,
+        hidden=(hidden, (logits.shape[0], weight.shape[1])),
+        weight=(weight, (logits.shape[1], hidden.shape[1])),
+        targets=(targets, (logits.shape[0],)),
+        pieces=(pieces, (pieces.shape[0], 4)),
+    )
     return logits.new_empty(pieces.shape[0], dtype=torch.float64)
 
 
@@ -244,6 +253,80 @@ def _ablated_cross_entropy_backward(ctx: Any, grad: Tensor) -> tuple:
         deltas = reference.ablated_cross_entropy(logits, hidden, weight, targets, pieces, sample_weight)
         gradients = torch.autograd.grad(deltas, leaves, grad, allow_unused=True)
     return (*gradients, None, None, None)
+
+
+def _ablated_mlp_cross_entropy_fake(
+    logits: Tensor,
+    input: Tensor,
+    pre_activation: Tensor,
+    first_weight: Tensor,
+    second_weight: Tensor,
+    targets: Tensor,
+    pieces: Tensor,
+    activation: str,
+    sample_weight: Tensor | None,
+) -> Tensor:
+    op = "ablated_mlp_cross_entropy"
+    _check_activation(op, activation)
+    for name, tensor in (("logits", logits), ("input", input), ("pre_activation", pre_activation)):
+        _check(tensor.dim() == 2, f"{op}: `{name}` must have 2 dimensions, got {list(tensor.shape)}")
+    samples, classes = logits.shape
+    hidden = pre_activation.shape[1]
+    _check_shapes(
+        op,
+        input=(input, (samples, input.shape[1])),
+        pre_activation=(pre_activation, (samples, hidden)),
+        first_weight=(first_weight, (hidden, input.shape[1])),
+        second_weight=(second_weight, (classes, hidden)),
+        targets=(targets, (samples,)),
+        pieces=(pieces, (pieces.shape[0], 4)),
+    )
+    return logits.new_empty(pieces.shape[0], dtype=torch.float64)
+
+
+def _ablated_mlp_cross_entropy_setup(ctx: Any, inputs: tuple, output: Tensor) -> None:
+    *tensors, ctx.activation, sample_weight = inputs
+    ctx.save_for_backward(*tensors, sample_weight)
+
+
+def _ablated_mlp_cross_entropy_backward(ctx: Any, grad: Tensor) -> tuple:
+    *tensors, targets, pieces, sample_weight = ctx.saved_tensors
+    activation = None if ctx.activation == "none" else ctx.activation
+    with torch.enable_grad():
+        leaves = [tensor.detach().requires_grad_() for tensor in tensors]
+        logits, input, before, first, second = leaves
+        deltas = reference.ablated_mlp_cross_entropy(
+            logits, input, before, first, second, targets, pieces, activation, sample_weight
+        )
+        gradients = torch.autograd.grad(deltas, leaves, grad, allow_unused=True)
+    return (*gradients, None, None, None, None)
+
+
+def _ablate_linear_fake(output: Tensor, input: Tensor, weight: Tensor, pieces: Tensor) -> Tensor:
+    op = "ablate_linear"
+    for name, tensor in (("output", output), ("input", input), ("pieces", pieces)):
+        _check(tensor.dim() == 2, f"{op}: `{name}` must have 2 dimensions, got {list(tensor.shape)}")
+    _check_shapes(
+        op,
+        input=(input, (output.shape[0], input.shape[1])),
+        weight=(weight, (output.shape[1], input.shape[1])),
+        pieces=(pieces, (pieces.shape[0], 4)),
+    )
+    return output.new_empty(pieces.shape[0], *output.shape)
+
+
+def _ablate_linear_setup(ctx: Any, inputs: tuple, output: Tensor) -> None:
+    ctx.save_for_backward(*inputs)
+
+
+def _ablate_linear_backward(ctx: Any, grad: Tensor) -> tuple:
+    *tensors, pieces = ctx.saved_tensors
+    with torch.enable_grad():
+        leaves = [tensor.detach().requires_grad_() for tensor in tensors]
+        output, input, weight = leaves
+        masked = reference.ablate_linear(output, input, weight, pieces)
+        gradients = torch.autograd.grad(masked, leaves, grad)
+    return (*gradients, None)
 
 
 def _samples(shape: Any) -> int:
@@ -270,6 +353,8 @@ for _name, _fake in (
     ("block_sparse_linear_input_gradient", _block_sparse_linear_input_gradient_fake),
     ("block_sparse_linear_weight_gradient", _block_sparse_linear_weight_gradient_fake),
     ("ablated_cross_entropy", _ablated_cross_entropy_fake),
+    ("ablated_mlp_cross_entropy", _ablated_mlp_cross_entropy_fake),
+    ("ablate_linear", _ablate_linear_fake),
 ):
     torch.library.register_fake(f"fastprune::{_name}", _fake)
 for _name, _backward, _setup in (
@@ -277,11 +362,19 @@ for _name, _backward, _setup in (
     ("block_sparse_linear_input_gradient", _input_gradient_backward, _input_gradient_setup),
     ("block_sparse_linear_weight_gradient", _weight_gradient_backward, _weight_gradient_setup),
     ("ablated_cross_entropy", _ablated_cross_entropy_backward, _ablated_cross_entropy_setup),
+    ("ablated_mlp_cross_entropy", _ablated_mlp_cross_entropy_backward, _ablated_mlp_cross_entropy_setup),
+    ("ablate_linear", _ablate_linear_backward, _ablate_linear_setup),
 ):
     torch.library.register_autograd(f"fastprune::{_name}", _backward, setup_context=_setup)
 for _device in ("cpu", "cuda"):
     # The kernels are float32: under autocast they keep that precision.
-    for _name in ("block_sparse_linear", "block_sparse_linear_inference", "ablated_cross_entropy"):
+    for _name in (
+        "block_sparse_linear",
+        "block_sparse_linear_inference",
+        "ablated_cross_entropy",
+        "ablated_mlp_cross_entropy",
+        "ablate_linear",
+    ):
         torch.library.register_autocast(f"fastprune::{_name}", _device, torch.float32)
 register_flop_formula(
     [_ops.block_sparse_linear, _ops.block_sparse_linear_inference, _ops.block_sparse_linear_input_gradient]

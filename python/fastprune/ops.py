@@ -187,6 +187,37 @@ def block_sparse_linear_weight_gradient(
     return _ops.block_sparse_linear_weight_gradient(grad_output, input, crow_indices, col_indices, *blocksize)
 
 
+def ablate_linear(output: Tensor, input: Tensor, weight: Tensor, pieces: Tensor) -> Tensor:
+    """Return a linear layer's output for each of many masked pieces of its weight.
+
+    Each is ``output`` less ``input[:, cols] @ weight[rows, cols].T`` in the columns ``rows`` of its piece:
+    the layer does not run again. Differentiable in ``output``, ``input`` and ``weight``. The bits of the
+    result do not depend on the number of threads.
+
+    Example:
+        >>> heads = torch.tensor([[0, 768, h * 64, h * 64 + 64] for h in range(12)], dtype=torch.int32)
+        >>> masked = fp.ops.ablate_linear(layer(input), input, layer.weight, heads)
+        >>> masked.shape
+        torch.Size([12, 100, 768])
+
+    Args:
+        output: ``[samples, out_features]``, the layer's output; float32 or float64.
+        input: ``[samples, in_features]``, the layer's input.
+        weight: ``[out_features, in_features]``.
+        pieces: ``[pieces, 4]``, int32: row_begin, row_end, col_begin, col_end of a rectangle of ``weight``.
+
+    Returns:
+        ``[pieces, samples, out_features]``, contiguous, the dtype of ``output``.
+
+    Raises:
+        ValueError: shapes, dtypes or devices disagree, or pieces are out of range.
+
+    """
+    if _lacks_cuda_kernel("ablate_linear", output, False) or _is_transformed():
+        return reference.ablate_linear(output, input, weight, pieces)
+    return _ops.ablate_linear(output, input, weight, pieces)
+
+
 def ablated_cross_entropy(
     logits: Tensor,
     hidden: Tensor,
@@ -224,3 +255,56 @@ def ablated_cross_entropy(
     if _lacks_cuda_kernel("ablated_cross_entropy", logits, False) or _is_transformed():
         return reference.ablated_cross_entropy(logits, hidden, weight, targets, pieces, sample_weight)
     return _ops.ablated_cross_entropy(logits, hidden, weight, targets, pieces, sample_weight)
+
+
+def ablated_mlp_cross_entropy(
+    logits: Tensor,
+    input: Tensor,
+    pre_activation: Tensor,
+    first_weight: Tensor,
+    second_weight: Tensor,
+    targets: Tensor,
+    pieces: Tensor,
+    activation: str | None = None,
+    sample_weight: Tensor | None = None,
+) -> Tensor:
+    """Return the summed change of the cross-entropy when pieces of the last but one layer are masked.
+
+    The head is ``logits = activation(pre_activation) @ second_weight.T + bias`` with
+    ``pre_activation = input @ first_weight.T + bias``. Neither a ``[pieces, samples, hidden]`` nor a
+    ``[pieces, samples, classes]`` tensor is made. The formula, which loses no digits however small the
+    changes are, is in ``csrc/kernels/ablated_mlp_cross_entropy.h``.
+
+    Example:
+        >>> blocks = [(r, r + 16, c, c + 16) for r in range(0, 512, 16) for c in range(0, 784, 16)]
+        >>> delta_sum = fp.ops.ablated_mlp_cross_entropy(
+        ...     logits, inputs, first(inputs), first.weight, last.weight, targets,
+        ...     torch.tensor(blocks, dtype=torch.int32), "relu")
+        >>> loss_deltas = (delta_sum / len(targets)).view(32, 49)
+
+    Args:
+        logits: ``[samples, classes]``, the last layer's output, its bias included; float32 or float64.
+        input: ``[samples, in_features]``, the first layer's input.
+        pre_activation: ``[samples, hidden]``, the first layer's output, its bias included.
+        first_weight: ``[hidden, in_features]``.
+        second_weight: ``[classes, hidden]``.
+        targets: ``[samples]``, int64 class indices in ``[0, classes)``.
+        pieces: ``[pieces, 4]``, int32: row_begin, row_end, col_begin, col_end of a rectangle of
+            ``first_weight``.
+        activation: None, "relu", "gelu", "gelu_tanh" or "silu".
+        sample_weight: ``[samples]`` or None for ones; 0 leaves a sample out.
+
+    Returns:
+        ``[pieces]``, float64: the sum over the samples of ``sample_weight * (masked loss - loss)``.
+
+    Raises:
+        ValueError: shapes, dtypes or devices disagree, targets or pieces are out of range, or the activation
+            is unknown.
+
+    """
+    layers = (logits, input, pre_activation, first_weight, second_weight, targets, pieces)
+    if _lacks_cuda_kernel("ablated_mlp_cross_entropy", logits, False) or _is_transformed():
+        return reference.ablated_mlp_cross_entropy(*layers, activation, sample_weight)
+    return _ops.ablated_mlp_cross_entropy(
+        *layers, "none" if activation is None else activation, sample_weight
+    )

@@ -108,6 +108,31 @@ def block_sparse_linear_weight_gradient(
     return blocks.permute(0, 2, 3, 1)[row_indices, col_indices.long()]
 
 
+def _masked_weights(weight: Tensor, pieces: Tensor) -> Tensor:
+    """Return ``[pieces, *weight.shape]``: the weight inside each piece, 0 outside."""
+    rows = torch.arange(weight.shape[0], device=pieces.device)
+    cols = torch.arange(weight.shape[1], device=pieces.device)
+    in_rows = (rows >= pieces[:, 0:1]) & (rows < pieces[:, 1:2])
+    in_cols = (cols >= pieces[:, 2:3]) & (cols < pieces[:, 3:4])
+    return torch.where(in_rows[:, :, None] & in_cols[:, None, :], weight, 0.0)
+
+
+def ablate_linear(output: Tensor, input: Tensor, weight: Tensor, pieces: Tensor) -> Tensor:
+    """Return the layer's output for each masked piece, by way of ``[pieces, *weight.shape]`` weights."""
+    return output - input @ _masked_weights(weight, pieces).transpose(1, 2)
+
+
+def _cross_entropy_deltas(
+    logits: Tensor, masked: Tensor, targets: Tensor, sample_weight: Tensor | None
+) -> Tensor:
+    """Return the summed differences of the losses of ``[pieces, samples, classes]`` masked logits."""
+    losses = -F.log_softmax(masked, dim=2).gather(2, targets.expand(len(masked), -1)[:, :, None]).squeeze(2)
+    deltas = losses - F.cross_entropy(logits, targets, reduction="none")
+    if sample_weight is not None:
+        deltas = torch.where(sample_weight != 0, deltas * sample_weight.double(), 0.0)
+    return deltas.sum(1)
+
+
 def ablated_cross_entropy(
     logits: Tensor,
     hidden: Tensor,
@@ -121,14 +146,29 @@ def ablated_cross_entropy(
     It holds ``[pieces, samples, classes]`` logits in float64, which its twin never makes.
     """
     logits, hidden, weight = logits.double(), hidden.double(), weight.double()
-    rows = torch.arange(weight.shape[0], device=pieces.device)
-    cols = torch.arange(weight.shape[1], device=pieces.device)
-    in_rows = (rows >= pieces[:, 0:1]) & (rows < pieces[:, 1:2])
-    in_cols = (cols >= pieces[:, 2:3]) & (cols < pieces[:, 3:4])
-    masked_weights = torch.where(in_rows[:, :, None] & in_cols[:, None, :], weight, 0.0)
-    masked = logits - hidden @ masked_weights.transpose(1, 2)
-    losses = -F.log_softmax(masked, dim=2).gather(2, targets.expand(len(pieces), -1)[:, :, None]).squeeze(2)
-    deltas = losses - F.cross_entropy(logits, targets, reduction="none")
-    if sample_weight is not None:
-        deltas = torch.where(sample_weight != 0, deltas * sample_weight.double(), 0.0)
-    return deltas.sum(1)
+    masked = logits - hidden @ _masked_weights(weight, pieces).transpose(1, 2)
+    return _cross_entropy_deltas(logits, masked, targets, sample_weight)
+
+
+def ablated_mlp_cross_entropy(
+    logits: Tensor,
+    input: Tensor,
+    pre_activation: Tensor,
+    first_weight: Tensor,
+    second_weight: Tensor,
+    targets: Tensor,
+    pieces: Tensor,
+    activation: str | None = None,
+    sample_weight: Tensor | None = None,
+) -> Tensor:
+    """Return the summed change of the cross-entropy for each masked piece of the last but one layer.
+
+    It holds ``[pieces, samples, hidden]`` units and ``[pieces, samples, classes]`` logits in float64, which
+    its twin never makes.
+    """
+    logits, input, pre_activation = logits.double(), input.double(), pre_activation.double()
+    first_weight, second_weight = first_weight.double(), second_weight.double()
+    function = ACTIVATIONS[activation] if activation is not None else torch.Tensor.clone
+    masked_units = function(pre_activation - input @ _masked_weights(first_weight, pieces).transpose(1, 2))
+    masked = logits - (function(pre_activation) - masked_units) @ second_weight.T
+    return _cross_entropy_deltas(logits, masked, targets, sample_weight)

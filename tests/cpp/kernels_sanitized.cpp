@@ -2,6 +2,7 @@
 // a write past an end stops the program. Values are compared with plain loops in double.
 //
 // Usage: kernels_sanitized <instruction set>
+#include <algorithm>
 #include <cmath>
 #include <cstdio>
 #include <random>
@@ -174,8 +175,31 @@ void test_weight_gradient(int64_t samples, int64_t in_features, int64_t out_feat
   check(equal, "weight_gradient", samples, in_features, out_features);
 }
 
+double cross_entropy(const std::vector<double>& logits, int64_t target) {
+  const double largest = *std::max_element(logits.begin(), logits.end());
+  double sum = 0.0;
+  for (double logit : logits) sum += std::exp(logit - largest);
+  return std::log(sum) + largest - logits[target];
+}
+
+// Blocks of rows x cols that cover a weight, and the whole of it.
+std::vector<int32_t> block_pieces(int64_t weight_rows, int64_t weight_cols, int32_t rows,
+                                  int32_t cols) {
+  const auto last_row = static_cast<int32_t>(weight_rows);
+  const auto last_col = static_cast<int32_t>(weight_cols);
+  std::vector<int32_t> pieces = {0, last_row, 0, last_col};
+  for (int32_t r = 0; r < last_row; r += rows) {
+    for (int32_t c = 0; c < last_col; c += cols) {
+      pieces.insert(pieces.end(),
+                    {r, std::min(r + rows, last_row), c, std::min(c + cols, last_col)});
+    }
+  }
+  return pieces;
+}
+
 template <class T>
-void test_ablated_cross_entropy(int64_t samples, int64_t features, int64_t classes, double scale) {
+void test_ablated_cross_entropy(int64_t samples, int64_t features, int64_t classes, int64_t rows,
+                                double scale) {
   using namespace fastprune;
   auto logits = random_values<T>(samples * classes);
   for (T& logit : logits) logit *= static_cast<T>(scale);
@@ -183,15 +207,8 @@ void test_ablated_cross_entropy(int64_t samples, int64_t features, int64_t class
   const auto weight = random_values<T>(classes * features);
   std::vector<int64_t> targets(samples);
   for (int64_t n = 0; n < samples; ++n) targets[n] = n % classes;
-  std::vector<int32_t> pieces;
-  for (int32_t c = 0; c < classes; c += 3) {
-    for (int32_t j = 0; j < features; j += 2) {
-      pieces.insert(pieces.end(),
-                    {c, std::min<int32_t>(c + 3, classes), j, std::min<int32_t>(j + 2, features)});
-    }
-  }
-  pieces.insert(pieces.end(),
-                {0, static_cast<int32_t>(classes), 0, static_cast<int32_t>(features)});
+  const std::vector<int32_t> pieces =
+      block_pieces(classes, features, static_cast<int32_t>(rows), features == 1 ? 1 : 2);
 
   AblatedCrossEntropyArgs<T> args;
   args.logits = {logits.data(), samples, classes, classes};
@@ -201,43 +218,30 @@ void test_ablated_cross_entropy(int64_t samples, int64_t features, int64_t class
   args.sample_weight = nullptr;
   args.pieces = pieces.data();
   args.num_pieces = int64_t(pieces.size()) / 4;
-  args.padded_samples = (samples + kSamplePadding - 1) / kSamplePadding * kSamplePadding;
-  const int64_t chunks = ablated_cross_entropy_chunks(samples);
-  std::vector<T> probabilities(classes * args.padded_samples);
-  std::vector<T> hidden_transposed(features * args.padded_samples);
-  std::vector<T> padded_weight(args.padded_samples);
-  std::vector<double> partial_sums(chunks * args.num_pieces);
-  args.probabilities = probabilities.data();
-  args.hidden_transposed = hidden_transposed.data();
-  args.padded_weight = padded_weight.data();
+  args.span = samples_per_span(samples, args.num_pieces);
+  const int64_t spans = ceil_divide(samples, args.span);
+  std::vector<double> partial_sums(spans * args.num_pieces);
   args.partial_sums = partial_sums.data();
   const auto& kernels = kernels_of<T>(cpu_kernels());
-  kernels.ablated_cross_entropy_prepare(args, 0, args.padded_samples);
-  kernels.ablated_cross_entropy(args, 0, chunks * args.num_pieces);
+  std::vector<T> scratch(kernels.ablated_cross_entropy_scratch(args));
+  kernels.ablated_cross_entropy(args, 0, spans * args.num_pieces, scratch.data());
 
   bool equal = true;
   for (int64_t m = 0; m < args.num_pieces; ++m) {
     const int32_t* piece = pieces.data() + 4 * m;
     double wanted = 0.0, found = 0.0, total = 1.0;
-    for (int64_t chunk = 0; chunk < chunks; ++chunk)
-      found += partial_sums[chunk * args.num_pieces + m];
+    for (int64_t span = 0; span < spans; ++span) {
+      found += partial_sums[span * args.num_pieces + m];
+    }
     for (int64_t n = 0; n < samples; ++n) {
-      double largest = -1e300, masked_largest = -1e300, sum = 0.0, masked_sum = 0.0;
       std::vector<double> before(classes), after(classes);
       for (int64_t c = 0; c < classes; ++c) {
         before[c] = after[c] = logits[n * classes + c];
         for (int64_t j = piece[2]; c >= piece[0] && c < piece[1] && j < piece[3]; ++j) {
           after[c] -= double(hidden[n * features + j]) * double(weight[c * features + j]);
         }
-        largest = std::max(largest, before[c]);
-        masked_largest = std::max(masked_largest, after[c]);
       }
-      for (int64_t c = 0; c < classes; ++c) {
-        sum += std::exp(before[c] - largest);
-        masked_sum += std::exp(after[c] - masked_largest);
-      }
-      const double delta = std::log(masked_sum) + masked_largest - after[targets[n]] -
-                           (std::log(sum) + largest - before[targets[n]]);
+      const double delta = cross_entropy(after, targets[n]) - cross_entropy(before, targets[n]);
       wanted += delta;
       total += std::abs(delta);
     }
@@ -247,11 +251,109 @@ void test_ablated_cross_entropy(int64_t samples, int64_t features, int64_t class
 }
 
 template <class T>
+void test_ablated_mlp_cross_entropy(int64_t samples, int64_t features, int64_t hidden,
+                                    int64_t classes, int32_t rows, double scale) {
+  using namespace fastprune;
+  const auto input = random_values<T>(samples * features);
+  const auto pre_activation = random_values<T>(samples * hidden);
+  const auto first = random_values<T>(hidden * features);
+  auto second = random_values<T>(classes * hidden);
+  for (T& weight : second) weight *= static_cast<T>(scale);
+  const auto logits = random_values<T>(samples * classes);
+  std::vector<int64_t> targets(samples);
+  for (int64_t n = 0; n < samples; ++n) targets[n] = n % classes;
+  const std::vector<int32_t> pieces = block_pieces(hidden, features, rows, 2);
+
+  AblatedMlpCrossEntropyArgs<T> args;
+  args.logits = {logits.data(), samples, classes, classes};
+  args.input = {input.data(), samples, features, features};
+  args.pre_activation = {pre_activation.data(), samples, hidden, hidden};
+  args.first_weight = {first.data(), hidden, features, features};
+  args.second_weight = {second.data(), classes, hidden, hidden};
+  args.targets = targets.data();
+  args.sample_weight = nullptr;
+  args.pieces = pieces.data();
+  args.num_pieces = int64_t(pieces.size()) / 4;
+  args.activation = Activation::kRelu;
+  args.span = samples_per_span(samples, args.num_pieces);
+  const int64_t spans = ceil_divide(samples, args.span);
+  std::vector<double> partial_sums(spans * args.num_pieces);
+  args.partial_sums = partial_sums.data();
+  const auto& kernels = kernels_of<T>(cpu_kernels());
+  std::vector<T> scratch(kernels.ablated_mlp_cross_entropy_scratch(args));
+  kernels.ablated_mlp_cross_entropy(args, 0, spans * args.num_pieces, scratch.data());
+
+  bool equal = true;
+  for (int64_t m = 0; m < args.num_pieces; ++m) {
+    const int32_t* piece = pieces.data() + 4 * m;
+    double wanted = 0.0, found = 0.0, total = 1.0;
+    for (int64_t span = 0; span < spans; ++span) {
+      found += partial_sums[span * args.num_pieces + m];
+    }
+    for (int64_t n = 0; n < samples; ++n) {
+      const T* row = logits.data() + n * classes;
+      const std::vector<double> before(row, row + classes);
+      std::vector<double> after = before;
+      for (int64_t r = piece[0]; r < piece[1]; ++r) {
+        const double unit = pre_activation[n * hidden + r];
+        double masked = unit;
+        for (int64_t j = piece[2]; j < piece[3]; ++j) {
+          masked -= double(input[n * features + j]) * double(first[r * features + j]);
+        }
+        const double difference = std::max(unit, 0.0) - std::max(masked, 0.0);
+        for (int64_t c = 0; c < classes; ++c) after[c] -= difference * second[c * hidden + r];
+      }
+      const double delta = cross_entropy(after, targets[n]) - cross_entropy(before, targets[n]);
+      wanted += delta;
+      total += std::abs(delta);
+    }
+    equal &= std::abs(wanted - found) < 1e-5 * total;
+  }
+  check(equal, "ablated_mlp_cross_entropy", samples, features, hidden);
+}
+
+template <class T>
+void test_ablate_linear(int64_t samples, int64_t in_features, int64_t out_features, int32_t rows) {
+  using namespace fastprune;
+  const auto input = random_values<T>(samples * in_features);
+  const auto output = random_values<T>(samples * out_features);
+  const auto weight = random_values<T>(out_features * in_features);
+  const std::vector<int32_t> pieces = block_pieces(out_features, in_features, rows, 7);
+  AblateLinearArgs<T> args;
+  args.input = {input.data(), samples, in_features, in_features};
+  args.output = {output.data(), samples, out_features, out_features};
+  args.weight = {weight.data(), out_features, in_features, in_features};
+  args.pieces = pieces.data();
+  args.num_pieces = int64_t(pieces.size()) / 4;
+  std::vector<T> masked(args.num_pieces * samples * out_features, T(1e30));
+  args.masked = masked.data();
+  const auto& kernels = kernels_of<T>(cpu_kernels());
+  std::vector<T> scratch(kernels.ablate_linear_scratch(args));
+  const int64_t total = args.num_pieces * samples;
+  kernels.ablate_linear(args, 0, total / 3, scratch.data());
+  kernels.ablate_linear(args, total / 3, total, scratch.data());
+
+  bool equal = true;
+  for (int64_t i = 0; i < total * out_features; ++i) {
+    const int32_t* piece = pieces.data() + 4 * (i / out_features / samples);
+    const int64_t n = i / out_features % samples, r = i % out_features;
+    double wanted = output[n * out_features + r];
+    for (int64_t j = piece[2]; r >= piece[0] && r < piece[1] && j < piece[3]; ++j) {
+      wanted -= double(input[n * in_features + j]) * double(weight[r * in_features + j]);
+    }
+    equal &= std::abs(wanted - double(masked[i])) < 1e-3;
+  }
+  check(equal, "ablate_linear", samples, in_features, out_features);
+}
+
+template <class T>
 void test_all() {
   for (int64_t samples : {1, 5, 17, 200}) {
     for (int64_t in_features : {1, 15, 64, 129}) {
       for (int64_t out_features : {1, 17, 151}) {
         for (int64_t rows : {1, 5, 8, 16, 48}) {
+          test_ablate_linear<T>(samples > 17 ? 17 : samples, in_features, out_features,
+                                static_cast<int32_t>(rows));
           const int64_t cols = rows == 8 ? 1 : rows == 5 ? 3 : 16;
           test_block_product<T>(samples, in_features, out_features, rows, cols, 0.4, 3, false);
           test_block_product<T>(samples, in_features, out_features, rows, cols, 0.4, 3, true);
@@ -265,8 +367,11 @@ void test_all() {
   test_block_product<T>(3, 40, 40, 8, 8, 0.0, 1, true);
   for (int64_t samples : {1, 15, 17, 300}) {
     for (double scale : {1.0, 200.0}) {
-      test_ablated_cross_entropy<T>(samples, 9, 7, scale);
-      test_ablated_cross_entropy<T>(samples, 1, 2, scale);
+      test_ablated_cross_entropy<T>(samples, 9, 7, 3, scale);
+      test_ablated_cross_entropy<T>(samples, 1, 2, 2, scale);
+      test_ablated_cross_entropy<T>(samples, 1, 33, 33, scale);
+      test_ablated_mlp_cross_entropy<T>(samples, 9, 17, 7, 8, scale);
+      test_ablated_mlp_cross_entropy<T>(samples, 3, 5, 2, 1, scale);
     }
   }
 }

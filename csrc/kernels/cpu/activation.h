@@ -36,23 +36,30 @@ inline Vec<T, Lanes> logistic_tail(Vec<T, Lanes> a) {
   return e / (e + T{1});
 }
 
+// |x| q(|x|) = max(x, 0) - f(x), of kGelu, kGeluTanh or kSilu.
+template <class T, int Lanes>
+inline Vec<T, Lanes> activation_tail(Vec<T, Lanes> x, Activation activation) {
+  using V = Vec<T, Lanes>;
+  const V magnitude = x < V{} ? -x : x;
+  if (activation == Activation::kGelu) {
+    const V a = minimum(magnitude, broadcast<V>(T{13}));
+    return a * normal_tail<Lanes>(a);
+  }
+  const V a = minimum(magnitude, broadcast<V>(T{80}));
+  if (activation == Activation::kSilu) return a * logistic_tail<T, Lanes>(a);
+  // Hendrycks and Gimpel, Gaussian Error Linear Units (2016): the logistic form of the tanh one,
+  // 2 sqrt(2 / pi) (a + 0.044715 a^3).
+  const V argument = a * (a * a * T(0.07135481627260025) + T(1.5957691216057308));
+  return a * logistic_tail<T, Lanes>(minimum(argument, broadcast<V>(T{80})));
+}
+
 template <class T, int Lanes>
 inline Vec<T, Lanes> activate(Vec<T, Lanes> x, Activation activation) {
   using V = Vec<T, Lanes>;
   if (activation == Activation::kNone) return x;
   const V positive = x < V{} ? V{} : x;
   if (activation == Activation::kRelu) return positive;
-  const V magnitude = x < V{} ? -x : x;
-  if (activation == Activation::kGelu) {
-    const V a = minimum(magnitude, broadcast<V>(T{13}));
-    return positive - a * normal_tail<Lanes>(a);
-  }
-  const V a = minimum(magnitude, broadcast<V>(T{80}));
-  if (activation == Activation::kSilu) return positive - a * logistic_tail<T, Lanes>(a);
-  // Hendrycks and Gimpel, Gaussian Error Linear Units (2016): the logistic form of the tanh one,
-  // 2 sqrt(2 / pi) (a + 0.044715 a^3).
-  const V argument = a * (a * a * T(0.07135481627260025) + T(1.5957691216057308));
-  return positive - a * logistic_tail<T, Lanes>(minimum(argument, broadcast<V>(T{80})));
+  return positive - activation_tail<T, Lanes>(x, activation);
 }
 
 }  // namespace

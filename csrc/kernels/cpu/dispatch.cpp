@@ -21,16 +21,28 @@ namespace fastprune {
                                            const BlockSparseLinearWeightGradientWork&, int64_t,  \
                                            int64_t, T*);                                         \
   template <class T>                                                                             \
-  void ablated_cross_entropy_prepare(const AblatedCrossEntropyArgs<T>&, int64_t, int64_t);       \
+  int64_t ablated_cross_entropy_scratch(const AblatedCrossEntropyArgs<T>&);                      \
   template <class T>                                                                             \
-  void ablated_cross_entropy(const AblatedCrossEntropyArgs<T>&, int64_t, int64_t);               \
+  void ablated_cross_entropy(const AblatedCrossEntropyArgs<T>&, int64_t, int64_t, T*);           \
+  template <class T>                                                                             \
+  int64_t ablated_mlp_cross_entropy_scratch(const AblatedMlpCrossEntropyArgs<T>&);               \
+  template <class T>                                                                             \
+  void ablated_mlp_cross_entropy(const AblatedMlpCrossEntropyArgs<T>&, int64_t, int64_t, T*);    \
+  template <class T>                                                                             \
+  int64_t ablate_linear_scratch(const AblateLinearArgs<T>&);                                     \
+  template <class T>                                                                             \
+  void ablate_linear(const AblateLinearArgs<T>&, int64_t, int64_t, T*);                          \
   template <class T>                                                                             \
   constexpr CpuKernelsOf<T> kTable = {plan_block_product<T>,                                     \
                                       block_product<T>,                                          \
                                       plan_block_sparse_linear_weight_gradient<T>,               \
                                       block_sparse_linear_weight_gradient<T>,                    \
-                                      ablated_cross_entropy_prepare<T>,                          \
-                                      ablated_cross_entropy<T>};                                 \
+                                      ablated_cross_entropy_scratch<T>,                          \
+                                      ablated_cross_entropy<T>,                                  \
+                                      ablated_mlp_cross_entropy_scratch<T>,                      \
+                                      ablated_mlp_cross_entropy<T>,                              \
+                                      ablate_linear_scratch<T>,                                  \
+                                      ablate_linear<T>};                                         \
   }
 
 FASTPRUNE_DECLARE_KERNELS(baseline)

@@ -4,7 +4,9 @@
 #include <string>
 #include <vector>
 
+#include "../ablate_linear.h"
 #include "../ablated_cross_entropy.h"
+#include "../ablated_mlp_cross_entropy.h"
 #include "../block_sparse_linear_weight_gradient.h"
 #include "block_product.h"
 
@@ -14,7 +16,8 @@ namespace fastprune {
 // describes; the kernels know nothing of threads.
 template <class T>
 struct CpuKernelsOf {
-  // scratch: the plan's scratch_size elements that no other thread uses.
+  // scratch: as many elements as the plan, or the op's ..._scratch, says, that no other thread
+  // uses.
   BlockProductWork (*plan_block_product)(const BlockProductArgs<T>&, int64_t threads);
   void (*block_product)(const BlockProductArgs<T>&, const BlockProductWork&, int64_t begin,
                         int64_t end, T* scratch);
@@ -23,9 +26,14 @@ struct CpuKernelsOf {
   void (*weight_gradient)(const BlockSparseLinearWeightGradientArgs<T>&,
                           const BlockSparseLinearWeightGradientWork&, int64_t begin, int64_t end,
                           T* scratch);
-  void (*ablated_cross_entropy_prepare)(const AblatedCrossEntropyArgs<T>&, int64_t begin,
-                                        int64_t end);
-  void (*ablated_cross_entropy)(const AblatedCrossEntropyArgs<T>&, int64_t begin, int64_t end);
+  int64_t (*ablated_cross_entropy_scratch)(const AblatedCrossEntropyArgs<T>&);
+  void (*ablated_cross_entropy)(const AblatedCrossEntropyArgs<T>&, int64_t begin, int64_t end,
+                                T* scratch);
+  int64_t (*ablated_mlp_cross_entropy_scratch)(const AblatedMlpCrossEntropyArgs<T>&);
+  void (*ablated_mlp_cross_entropy)(const AblatedMlpCrossEntropyArgs<T>&, int64_t begin,
+                                    int64_t end, T* scratch);
+  int64_t (*ablate_linear_scratch)(const AblateLinearArgs<T>&);
+  void (*ablate_linear)(const AblateLinearArgs<T>&, int64_t begin, int64_t end, T* scratch);
 };
 
 struct CpuKernels {
