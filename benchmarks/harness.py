@@ -27,6 +27,46 @@ def threads(count: int) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
+def measure_once(
+    benchmark: Any,
+    ours: Callable[[], Any],
+    baseline: Callable[[], Any],
+    *,
+    check: Callable[[Any, Any], None],
+    group: str,
+    **extra: Any,
+) -> None:
+    """Time two functions that take many seconds: each runs once, is checked, and ours once more.
+
+    Args:
+        benchmark: pytest-benchmark's fixture.
+        ours: the function under test.
+        baseline: what it is compared with.
+        check: called with both results; raises if ours is wrong.
+        group: the table's section.
+        extra: more columns.
+
+    """
+    seconds, results = [], []
+    for function in (ours, baseline):
+        start = time.perf_counter()
+        results.append(function())
+        seconds.append(time.perf_counter() - start)
+    check(*results)
+    benchmark.group = group
+    benchmark.extra_info.update(
+        extra,
+        speedup=seconds[1] / seconds[0],
+        our_seconds=seconds[0],
+        baseline_seconds=seconds[1],
+        threads=torch.get_num_threads(),
+        cpu_isa=fp.cpu_isa(),
+        torch=torch.__version__,
+        machine=platform.processor() or platform.machine(),
+    )
+    benchmark.pedantic(ours, rounds=1)
+
+
 def measure(
     benchmark: Any,
     ours: Callable[[], Any],

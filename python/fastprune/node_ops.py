@@ -209,3 +209,29 @@ def is_elementwise(traced: TracedModel, node: fx.Node) -> bool:
     """Tell whether a node applies an elementwise function to one input and nothing else."""
     op = node_op(traced, node)
     return op is not None and op.kind == "elementwise" and len(node.all_input_nodes) == 1
+
+
+_ACTIVATION_MODULES = {nn.ReLU: "relu", nn.SiLU: "silu", nn.GELU: "gelu"}
+_ACTIVATION_FUNCTIONS = {
+    F.relu: "relu", torch.relu: "relu", _aten.relu.default: "relu",
+    F.silu: "silu", _aten.silu.default: "silu", F.gelu: "gelu", _aten.gelu.default: "gelu",
+}  # fmt: skip
+
+
+def fused_activation(traced: TracedModel, node: fx.Node) -> str | None:
+    """Return the name under which the kernels know the activation of a node; "none" for no activation.
+
+    None for any other function.
+    """
+    if not is_elementwise(traced, node):
+        return None
+    module = traced.module_of(node)
+    if node.op == "call_module":
+        if isinstance(module, (nn.Identity, nn.Dropout)):
+            return "none"
+        name = _ACTIVATION_MODULES.get(type(module))
+        approximate = getattr(module, "approximate", "none")
+    else:
+        name = "relu" if node.target == "relu" else _ACTIVATION_FUNCTIONS.get(node.target)
+        approximate = node.kwargs.get("approximate", "none")
+    return "gelu_tanh" if name == "gelu" and approximate == "tanh" else name

@@ -14,7 +14,7 @@ from torch import Tensor, fx
 from .. import ops
 from ..granularity import Block, Granularity, Head, InputUnit, Unit
 from ..graph import TracedModel
-from ..node_ops import NodeOp, node_op
+from ..node_ops import NodeOp, fused_activation, node_op
 from .piece_changes import rectangles
 
 Values = dict[fx.Node, Any]
@@ -64,9 +64,9 @@ def fused_deltas(
             weight = torch.cat([weight, column[:, None]], dim=1)
             hidden = torch.cat([hidden, hidden.new_ones(len(hidden), 1)], dim=1)
         masked = _rectangles_of(pieces, weight.shape)
+    elif not isinstance(pieces, Unit):
+        return _through_one_activation(traced, values, layer, pieces, targets, kept, last_node, last)
     else:
-        if not isinstance(pieces, Unit):
-            return None
         width = _columns_of_a_unit(traced, values, start, last_node, last)
         if width is None:
             return None
@@ -75,8 +75,56 @@ def fused_deltas(
         masked = [(0, classes, j, min(j + size, features)) for j in range(0, features, size)]
     if masked is None:
         return None
-    rectangle_tensor = torch.tensor(masked, dtype=torch.int32, device=logits.device).view(-1, 4)
-    return ops.ablated_cross_entropy(logits, hidden, weight, targets, rectangle_tensor, kept)
+    return ops.ablated_cross_entropy(logits, hidden, weight, targets, _as_tensor(masked, logits), kept)
+
+
+def _as_tensor(rectangles: list[tuple[int, int, int, int]], like: Tensor) -> Tensor:
+    return torch.tensor(rectangles, dtype=torch.int32, device=like.device).view(-1, 4)
+
+
+def _through_one_activation(
+    traced: TracedModel,
+    values: Values,
+    layer: fx.Node,
+    pieces: Granularity,
+    targets: Tensor,
+    kept: Tensor | None,
+    last_node: fx.Node,
+    last: NodeOp,
+) -> Tensor | None:
+    """Pieces of a Linear whose output goes through one activation into the last Linear and nowhere else."""
+    op = node_op(traced, layer)
+    if op is None or op.kind != "linear" or values[layer].dim() != 2:
+        return None
+    activations = []
+    node = layer
+    while node is not last.input:
+        consumer = traced.only_consumer(node)
+        activation = None if consumer is None else fused_activation(traced, consumer)
+        if consumer is None or activation is None:
+            return None
+        activations += [activation] * (activation != "none")
+        node = consumer
+    if len(activations) > 1 or traced.only_consumer(node) is not last_node:
+        return None
+    weight, last_weight = op.tensors(values)[0], last.tensors(values)[0]
+    assert weight is not None
+    assert last_weight is not None
+    masked = _rectangles_of(pieces, weight.shape)
+    if masked is None:
+        return None
+    logits = values[last_node]
+    return ops.ablated_mlp_cross_entropy(
+        logits,
+        values[op.input],
+        values[layer],
+        weight,
+        last_weight,
+        targets,
+        _as_tensor(masked, logits),
+        activations[0] if activations else None,
+        kept,
+    )
 
 
 def _rectangles_of(pieces: Granularity, shape: torch.Size) -> list[tuple[int, int, int, int]] | None:

@@ -34,17 +34,15 @@ def piece_changes(
         The changes, or None where the layer has to run again with a masked weight.
 
     """
-    source, output = values[op.input], values[node]
+    source, output, weight = values[op.input], values[node], op.tensors(values)[0]
+    assert weight is not None
     if isinstance(op, ConvOp) and source.dim() != 4:
         return None
     if isinstance(pieces, Unit):
         channel_dim = 1 if isinstance(op, ConvOp) else output.dim() - 1
-        units = values[node].shape[channel_dim]
-        return _units(start, pieces, channel_dim, values[start], units)
+        return _units(start, pieces, pieces.shape(weight.shape).numel(), channel_dim, values[start])
     if type(pieces) is Layer:
         return iter([(node, source if source.shape == output.shape else torch.zeros_like(output))])
-    weight = op.tensors(values)[0]
-    assert weight is not None
     if isinstance(pieces, (InputUnit, Head)):
         return _columns(node, op, weight, pieces.shape(weight.shape).numel(), source, output)
     if not isinstance(pieces, Block):
@@ -56,10 +54,11 @@ def piece_changes(
 
 
 def _units(
-    start: fx.Node, pieces: Unit, channel_dim: int, value: Tensor, units: int
+    start: fx.Node, pieces: Unit, count: int, channel_dim: int, value: Tensor
 ) -> Iterator[Start | None]:
-    for begin in range(0, units, pieces.group_size):
-        end = min(begin + pieces.group_size, units)
+    for index in range(count):
+        begin = index * pieces.group_size
+        end = min(begin + pieces.group_size, value.shape[channel_dim])
         channels = value.narrow(channel_dim, begin, end - begin)
         masked = bool(channels.any())
         yield (start, ChannelChange(channel_dim, begin, end, torch.zeros_like(channels))) if masked else None

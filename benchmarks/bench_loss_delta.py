@@ -1,0 +1,266 @@
+"""Loss deltas of whole networks against the loop of masked forwards that a user would write: `make bench`."""
+
+from __future__ import annotations
+
+import copy
+import functools
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import fastprune as fp
+from harness import THREADS, measure, measure_once, threads
+from models import ResNet18, load_minilm
+
+Parameters = list[tuple[Tensor, Any]]
+
+
+@torch.no_grad()
+def masked_forwards(model: nn.Module, inputs: Any, targets: Tensor, pieces: Iterable[Parameters]) -> Tensor:
+    """Return the loss deltas of pieces, each a list of parameters and what of them is masked."""
+    run = functools.partial(model, **inputs) if isinstance(inputs, dict) else functools.partial(model, inputs)
+    loss = F.cross_entropy(run(), targets).item()
+    deltas = []
+    for piece in pieces:
+        before = [(tensor, index, tensor[index].clone()) for tensor, index in piece]
+        for tensor, index, _ in before:
+            tensor[index] = 0
+        deltas.append(F.cross_entropy(run(), targets).item() - loss)
+        for tensor, index, values in before:
+            tensor[index] = values
+    return torch.tensor(deltas, dtype=torch.float64)
+
+
+def units(
+    layer: nn.Module, *norms: nn.Module, group_size: int = 1, count: int | None = None
+) -> Iterator[Parameters]:
+    """The units of a layer, their channels of batch norms with them."""
+    weight: Any = layer.weight
+    for begin in range(0, len(weight) if count is None else count * group_size, group_size):
+        rows = slice(begin, begin + group_size)
+        tensors: list[Any] = [weight, layer.bias]
+        tensors += [tensor for norm in norms for tensor in (norm.weight, norm.bias)]
+        yield [(tensor, rows) for tensor in tensors if tensor is not None]
+
+
+def assert_exact(deltas: Tensor, wanted: Tensor, loss: float) -> None:
+    """Raise unless deltas are within 1e-4 of what they should be plus 1e-6 of the loss."""
+    error = (deltas - wanted).abs()
+    assert bool((error <= 1e-4 * wanted.abs() + 1e-6 * loss).all()), float(error.max())
+
+
+def mlp(in_features: int, hidden: int, classes: int, samples: int) -> tuple[nn.Sequential, Tensor, Tensor]:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(in_features, hidden), nn.ReLU(), nn.Linear(hidden, classes))
+    return model, torch.randn(samples, in_features), torch.randint(0, classes, (samples,))
+
+
+def score(
+    model: nn.Module, inputs: Any, targets: Tensor, granularity: fp.Granularity, include: Any = None
+) -> Any:
+    return fp.score(model, [(inputs, targets)], granularity=granularity, include=include, progress=False)
+
+
+def check_in_double(
+    model: nn.Sequential,
+    inputs: Tensor,
+    targets: Tensor,
+    pieces: Callable[[nn.Sequential], Iterable[Parameters]],
+) -> Callable[[Tensor, Any], None]:
+    """A check of the first layer's deltas against masked forwards in float64."""
+
+    def check(deltas: Tensor, _: Any) -> None:
+        double = copy.deepcopy(model).double()
+        some = list(pieces(double))[:: max(1, deltas.numel() // 40)]
+        wanted = masked_forwards(double, inputs.double(), targets, some)
+        loss = F.cross_entropy(double(inputs.double()), targets).item()
+        assert_exact(deltas.flatten()[:: max(1, deltas.numel() // 40)], wanted, loss)
+
+    return check
+
+
+@pytest.mark.parametrize("thread_count", THREADS)
+@pytest.mark.parametrize(("in_features", "hidden", "samples"), [(64, 1024, 1000), (784, 512, 10_000)])
+@pytest.mark.parametrize("against", ["a plain forward", "vmap over the last layer"])
+def bench_units(
+    benchmark, in_features: int, hidden: int, samples: int, against: str, thread_count: int
+) -> None:
+    model, inputs, targets = mlp(in_features, hidden, 10, samples)
+
+    @torch.no_grad()
+    def forward() -> Tensor:
+        return F.cross_entropy(model(inputs), targets)
+
+    @torch.no_grad()
+    def vmap() -> Tensor:
+        features = model[1](model[0](inputs))
+        weight, logits = model[2].weight, model[2](features)
+
+        def masked(unit: Tensor) -> Tensor:
+            index = unit[None]
+            product = features.index_select(1, index) * weight.index_select(1, index).T
+            return F.cross_entropy(logits - product, targets)
+
+        return torch.vmap(masked, chunk_size=16)(torch.arange(hidden)) - F.cross_entropy(logits, targets)
+
+    with threads(thread_count):
+        measure(
+            benchmark,
+            lambda: score(model, inputs, targets, fp.Unit(), "0")["0"],
+            forward if against == "a plain forward" else vmap,
+            check=check_in_double(model, inputs, targets, lambda net: units(net[0])),
+            group=f"{hidden} units of {in_features}-{hidden}-10, N = {samples}, against {against}, "
+            f"{thread_count} threads (the loop is {hidden} forwards)",
+        )
+
+
+@pytest.mark.parametrize("thread_count", THREADS)
+def bench_blocks(benchmark, thread_count: int) -> None:
+    model, inputs, targets = mlp(784, 512, 10, 10_000)
+
+    def blocks(net: nn.Sequential) -> Iterator[Parameters]:
+        weight: Any = net[0].weight
+        for row in range(0, 512, 16):
+            for col in range(0, 784, 16):
+                yield [(weight, (slice(row, row + 16), slice(col, col + 16)))]
+
+    @torch.no_grad()
+    def forward() -> Tensor:
+        return F.cross_entropy(model(inputs), targets)
+
+    with threads(thread_count):
+        measure(
+            benchmark,
+            lambda: score(model, inputs, targets, fp.Block(16, 16), "0")["0"],
+            forward,
+            check=check_in_double(model, inputs, targets, blocks),
+            group=f"1568 blocks of 784-512-10, N = 10000, against a plain forward, {thread_count} threads "
+            "(the loop is 1568 forwards)",
+        )
+
+
+class SomeUnits(fp.Unit):
+    """One of 64 filters of each layer: the whole loop over a ResNet-18 takes hours."""
+
+    share = 64
+
+    def shape(self, weight_shape: torch.Size) -> torch.Size:
+        return torch.Size([-(-weight_shape[0] // self.share)])
+
+
+@pytest.mark.parametrize("thread_count", [2])
+def bench_resnet18_filters(benchmark, thread_count: int) -> None:
+    torch.manual_seed(0)
+    model = ResNet18().eval()
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.running_mean.normal_(std=0.1)
+            module.running_var.uniform_(0.5, 1.5)
+    inputs, targets = torch.randn(256, 3, 32, 32), torch.randint(0, 10, (256,))
+    norms = {"stem.0": "stem.1"}
+    for block in range(8):
+        norms |= {f"blocks.{block}.conv{n}": f"blocks.{block}.bn{n}" for n in (1, 2)}
+        norms[f"blocks.{block}.shortcut.0"] = f"blocks.{block}.shortcut.1"
+    convolutions = [name for name, module in model.named_modules() if isinstance(module, nn.Conv2d)]
+
+    def loop() -> Tensor:
+        pieces = (
+            piece
+            for name in convolutions
+            for piece in units(
+                model.get_submodule(name),
+                model.get_submodule(norms[name]),
+                count=-(-model.get_submodule(name).out_channels // SomeUnits.share),
+            )
+        )
+        return masked_forwards(model, inputs, targets, pieces)
+
+    def ours() -> Tensor:
+        scores = score(model, inputs, targets, SomeUnits(), nn.Conv2d)
+        return torch.cat([scores[name] for name in convolutions])
+
+    def check(deltas: Tensor, wanted: Tensor) -> None:
+        # The loop runs in float32 too: its differences of mean losses are good to a millionth of the loss.
+        torch.testing.assert_close(deltas, wanted, rtol=1e-2, atol=1e-5)
+
+    with threads(thread_count):
+        measure_once(
+            benchmark,
+            ours,
+            loop,
+            check=check,
+            group=f"one of {SomeUnits.share} filters of all convolutions of a ResNet-18, 32x32, N = 256, "
+            f"against the loop, {thread_count} threads",
+        )
+
+
+@pytest.mark.parametrize("thread_count", [2])
+@pytest.mark.parametrize("pieces", ["heads", "32 units of the feed-forward layers"])
+def bench_minilm(benchmark, pieces: str, thread_count: int) -> None:
+    torch.manual_seed(0)
+    model = load_minilm(classes=4)
+    inputs = {"input_ids": torch.randint(1000, 20_000, (64, 32))}
+    inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
+    targets = torch.randint(0, 4, (64,))
+    granularity: fp.Granularity = fp.Head() if pieces == "heads" else fp.Unit(group_size=32)
+    include = "*attention.output.dense" if pieces == "heads" else "*intermediate.dense"
+    layers = [
+        module
+        for name, module in model.named_modules()
+        if name.endswith(include.removeprefix("*")) and isinstance(module, nn.Linear)
+    ]
+
+    def loop() -> Tensor:
+        found = []
+        for layer in layers:
+            if pieces == "heads":
+                found += [
+                    [(layer.weight, (slice(None), slice(32 * head, 32 * head + 32)))] for head in range(12)
+                ]
+            else:
+                found += list(units(layer, group_size=32))
+        return masked_forwards(model, inputs, targets, found)
+
+    def ours() -> Tensor:
+        return torch.cat(list(score(model, inputs, targets, granularity, include).values()))
+
+    def check(deltas: Tensor, wanted: Tensor) -> None:
+        torch.testing.assert_close(deltas, wanted, rtol=1e-2, atol=1e-5)
+
+    with threads(thread_count):
+        measure_once(
+            benchmark,
+            ours,
+            loop,
+            check=check,
+            group=f"{pieces} of MiniLM, 64 sentences of 32 tokens, against the loop, {thread_count} threads",
+        )
+
+
+def growth_cases() -> Iterator[tuple[str, Callable[[], Any], Callable[[], Any]]]:
+    """Name, a call, and the same with twice the samples or pieces, for the fused and the suffix way."""
+    for hidden, samples in ((256, 2000), (512, 2000), (1024, 2000), (512, 4000), (512, 8000)):
+        once = mlp(256, hidden, 10, samples)
+        more_pieces, more_samples = mlp(256, 2 * hidden, 10, samples), mlp(256, hidden, 10, 2 * samples)
+        calls = [
+            functools.partial(score, *case, fp.Unit(), "0") for case in (once, more_pieces, more_samples)
+        ]
+        yield f"{hidden} units, N = {samples}, twice the pieces", calls[0], calls[1]
+        yield f"{hidden} units, N = {samples}, twice the samples", calls[0], calls[2]
+
+
+@pytest.mark.parametrize("case", growth_cases(), ids=lambda case: case[0])
+def bench_growth(benchmark, case: tuple[str, Callable[[], Any], Callable[[], Any]]) -> None:
+    name, once, twice = case
+    with threads(2):
+        measure(
+            benchmark,
+            once,
+            twice,
+            check=lambda ours, theirs: None,
+            group=f"growth: {name} (2 threads; 2.0 is linear)",
+        )
