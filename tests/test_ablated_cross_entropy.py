@@ -73,6 +73,18 @@ def test_deltas_of_a_well_trained_network_are_not_lost_in_rounding() -> None:
     torch.testing.assert_close(deltas, wanted, rtol=1e-3, atol=64 * 4e-15)
 
 
+def test_the_small_probability_of_a_far_class_keeps_its_digits() -> None:
+    # In float32 a difference of logits of 70 is rounded by up to 4e-6, and so would be its exponential.
+    pieces = torch.tensor([[1, 2, 0, 1]], dtype=torch.int32)
+    hidden, weight = torch.ones(1, 1), torch.tensor([[0.0], [0.5]])
+    for logits in (torch.rand(50, 1, 2) * 10 + torch.tensor([60.0, -10.0])).unbind():
+        delta = ops.ablated_cross_entropy(logits, hidden, weight, torch.zeros(1, dtype=torch.int64), pieces)
+        probability = logits.double().softmax(1)[:, 1]
+        # float64 has no such digits of the losses themselves: the formula, by hand.
+        wanted = torch.log1p(probability * torch.expm1(torch.tensor(-0.5, dtype=torch.float64)))
+        torch.testing.assert_close(delta, wanted, rtol=6e-7, atol=0.0)
+
+
 def test_masked_classes_at_minus_infinity_stay_out(isa: str) -> None:
     logits, hidden, weight, _ = make_problem(20, 9, 6)
     logits[:, 5] = -torch.inf
