@@ -76,7 +76,7 @@ def _map(figure: Any, axes: Any, name: str, layer: Tensor) -> None:
     figure.colorbar(image, ax=axes, format="%.1e")
     axes.set_title(f"layer {name}" if name else "(model)", fontsize=10)
     for axis in (axes.xaxis, axes.yaxis):
-        axis.get_major_locator().set_params(integer=True)
+        axis.get_major_locator().set_params(integer=True, min_n_ticks=1)
     axes.set_xlabel("block column", fontsize=8)
     axes.set_ylabel("block row", fontsize=8)
 
