@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 import fastprune as fp
-from fastprune.serialization import write_atomically
+from fastprune.files import write_atomically
 from helpers import Snapshot, masked_mlp, mlp
 from networks import SharedLayer, SmallConvNet, spoil_norm
 

@@ -27,13 +27,14 @@ from .batches import (
     model_device,
 )
 from .distillation import OptimizerFactory, check_distillation, distill
+from .files import write_atomically
 from .granularity import Block, Granularity, check_granularity
 from .importance import check_criterion, score
 from .layers import check_model
 from .masks import Masks, apply_masks_, check_scope, check_sparsity, piece_mask_of
 from .metrics import evaluate
 from .modules import leave_dense_, sparsify_
-from .serialization import load, save, write_atomically
+from .serialization import load, save
 
 
 @dataclasses.dataclass

@@ -14,25 +14,13 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from .block_sparse import BlockSparseTensor
+from .files import write_atomically
 from .layers import check_model
 from .masks import piece_mask_of, set_piece_mask
 from .modules import BlockSparseLinear, swap_modules
 
 FORMAT = 1
 _BLOCK_SPARSE_TENSORS = ("packed_values", "crow_indices", "col_indices", "bias")
-
-
-def write_atomically(path: str | os.PathLike[str], write: Any) -> None:
-    """Call ``write(temporary_path)`` and rename: the file is the old one or the new one, never half."""
-    target = Path(path)
-    temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
-    try:
-        write(temporary)
-        with open(temporary, "rb") as file:
-            os.fsync(file.fileno())
-        os.replace(temporary, target)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def _structure(model: nn.Module) -> dict[str, Any]:

@@ -250,9 +250,17 @@ class Calibration:
             name: the layer.
             keep: bool, in the shape of the layer's scores, False where a piece is masked.
 
+        Raises:
+            ValueError: a parameter is that of a recurrent layer, which reads a list of its own.
+
         """
         with contextlib.ExitStack() as undo:
             for part in self.parts(name):
+                if isinstance(part.module, nn.RNNBase):
+                    raise ValueError(
+                        f"'{name}' belongs to a {type(part.module).__name__}, which no piece can be masked "
+                        "in for a while: leave it out by `exclude`"
+                    )
                 kept = part.expand(keep)
                 leaf = _leaf(torch.where(kept, part.tensor.detach(), 0.0), kept, part.mask)
                 key = (id(part.module), part.parameter)

@@ -39,7 +39,8 @@ class EvalMode:
                 del vars(module)[name]
         for tensor, gradient, requires_grad in self.gradients:
             tensor.grad = gradient
-            tensor.requires_grad_(requires_grad)
+            if tensor.requires_grad != requires_grad:
+                tensor.requires_grad_(requires_grad)
         for module, name, buffer, before in self.buffers:
             module._buffers[name] = buffer
             if not torch.equal(buffer, before):  # a forward that counts its calls, say

@@ -6,6 +6,7 @@ apart: activations, batch norms, residual sums, pools.
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import torch
@@ -70,7 +71,9 @@ def fused_deltas(
         width = _columns_of_a_unit(traced, values, start, last_node, last)
         if width is None:
             return None
-        hidden = hidden - _input_of_last(traced, values, start, last_node, last)
+        zero = _input_of_last(traced, values, start, last_node, last)
+        if bool(zero.any()):
+            hidden = hidden - zero
         size = pieces.group_size * width
         masked = [(0, classes, j, min(j + size, features)) for j in range(0, features, size)]
     if masked is None:
@@ -179,12 +182,16 @@ def _keeps_channels(op: NodeOp, node: fx.Node, values: Values) -> bool:
 def _input_of_last(
     traced: TracedModel, values: Values, start: fx.Node, last_node: fx.Node, last: NodeOp
 ) -> Tensor:
-    """What reaches the last layer when ``start`` is zero."""
-    changed: Values = {start: torch.zeros_like(values[start])}
+    """What reaches the last layer when ``start`` is zero: of one sample, where it is the same for all."""
+    chain = list(itertools.takewhile(lambda node: node is not last_node, traced.suffix(start)))
+    inside = {start, *chain}
+    others = [values[source] for node in chain for source in node.all_input_nodes if source not in inside]
+    # A residual sum brings in another value for each sample.
+    alike = not any(isinstance(other, Tensor) and other.dim() > 1 for other in others)
+    value = values[start][:1] if alike else values[start]
+    changed: Values = {start: torch.zeros_like(value)}
     with traced.functional():
-        for node in traced.suffix(start):
-            if node is last_node:
-                break
+        for node in chain:
             changed[node] = traced.evaluate(
                 node, lambda source: changed[source] if source in changed else values[source]
             )

@@ -3,16 +3,24 @@
 from __future__ import annotations
 
 import math
+import os
 import warnings
 from collections.abc import Iterator, Mapping
 from numbers import Real
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from ..granularity import Granularity
 from ..masks import Budget, Masks, check_scope, check_sparsity, select_pieces
-from .criterion import Merging
+from .criterion import Merging, finish
+from .plotting import plot_scores
+from .ranking import Correlation, correlate
+from .scores_file import read_scores, write_scores
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 
 class ImportanceScores(Mapping[str, Tensor]):
@@ -160,6 +168,133 @@ class ImportanceScores(Mapping[str, Tensor]):
                 stacklevel=2,
             )
         return Masks(masks, self.granularity, self.weight_shapes, self.norms, self.granularities)
+
+    def _facts(self) -> dict[str, Any]:
+        """The keyword arguments that scores like these are made with."""
+        return {
+            key: getattr(self, key)
+            for key in (
+                "granularity", "granularities", "criterion", "weight_shapes", "pruned", "norms",
+                "weight_uses", "element_sizes", "loss", "num_samples", "merging",
+                "means", "weights", "digest",
+            )
+        }  # fmt: skip
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the scores to one safetensors file, atomically.
+
+        Example:
+            >>> scores.save("scores.safetensors")
+            >>> scores = fp.ImportanceScores.load("scores.safetensors")
+
+        Raises:
+            ValueError: the granularity is not one of fastprune's own.
+
+        """
+        write_scores(path, self._scores, self._facts())
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> ImportanceScores:
+        """Read scores that :meth:`save` wrote.
+
+        Raises:
+            FileNotFoundError: there is no such file.
+            ValueError: the file is truncated, tampered with, or holds no scores.
+
+        """
+        scores, facts = read_scores(path)
+        return cls(scores, **facts)
+
+    def merge(self, other: ImportanceScores) -> ImportanceScores:
+        """Return the scores of both data sets together, as if they had been scored in one call.
+
+        Means are weighted by what they are over, largest values are compared, and criteria that read no data
+        must agree.
+
+        Example:
+            >>> first, second = (fp.score(model, shard, criterion="fisher") for shard in shards)
+            >>> first.merge(second)
+
+        Args:
+            other: scores of the same model, criterion and pieces on other data.
+
+        Raises:
+            TypeError: ``other`` are no scores.
+            ValueError: they are of something else, or the criterion cannot be merged ("gradient",
+                "gradient_change", "wanda" of more than single weights, a callable of your own).
+
+        """
+        if not isinstance(other, ImportanceScores):
+            raise TypeError(f"`other` must be ImportanceScores, got {type(other).__name__}")
+        if self.merging == "never":
+            raise ValueError(
+                f"scores of criterion '{self.criterion}' cannot be merged: those of all the data are "
+                "not made of those of its parts"
+            )
+        for fact in ("criterion", "merging", "granularities", "weight_shapes", "norms"):
+            if getattr(self, fact) != getattr(other, fact):
+                raise ValueError(
+                    f"`other` must have the same {fact}, {getattr(self, fact)}, got {getattr(other, fact)}"
+                )
+        if None not in (self.digest, other.digest) and self.digest != other.digest:
+            raise ValueError("`other` must be scores of the same model, got those of one with other weights")
+        first, second = self.means or self._scores, other.means or other._scores
+        means = {name: self._merged(name, layer, second[name], other) for name, layer in first.items()}
+        facts = self._facts()
+        facts["num_samples"] += other.num_samples
+        facts["weights"] = {name: self.weights[name] + other.weights.get(name, 0.0) for name in self.weights}
+        facts["means"] = None if self.means is None else means
+        if self.loss is not None and other.loss is not None:
+            name = next(iter(self))
+            share = other.weights[name] / facts["weights"][name]
+            facts["loss"] = self.loss + share * (other.loss - self.loss)
+        facts["weight_uses"] = other.weight_uses if self.weight_uses is None else self.weight_uses
+        return ImportanceScores({name: finish(self.merging, layer) for name, layer in means.items()}, **facts)
+
+    def _merged(self, name: str, first: Tensor, second: Tensor, other: ImportanceScores) -> Tensor:
+        if self.merging == "max":
+            return torch.maximum(first, second)
+        if self.merging == "same":
+            if not torch.equal(first, second):
+                raise ValueError(
+                    f"`other` must have the same scores for layer '{name}': no data plays a part"
+                )
+            return first
+        weights = self.weights[name], other.weights[name]
+        return (first * weights[0] + second * weights[1]) / (weights[0] + weights[1])
+
+    def correlation(self, other: Mapping[str, Tensor], k: float = 0.25) -> Correlation:
+        """Return how far other scores rank the same pieces alike: for each layer, and over all.
+
+        Example:
+            >>> print(fp.score(model, loader, criterion="taylor").correlation(scores))
+
+        Args:
+            other: scores of the same layers and pieces, by another criterion or on other data.
+            k: the share of pieces, the lowest, whose overlap is counted.
+
+        Returns:
+            Spearman's rank correlation, ties with their average rank, and the overlap.
+
+        Raises:
+            ValueError: layers or shapes differ, or ``k`` is not in (0, 1].
+
+        Source: Spearman 1904, "The proof and measurement of association between two things".
+
+        """
+        return correlate(self._scores, other, k)
+
+    def plot(self) -> Figure:
+        """Return a matplotlib figure: the distribution of each layer's scores, and heat maps of blocks.
+
+        Example:
+            >>> scores.plot().savefig("scores.png")
+
+        Raises:
+            ImportError: matplotlib is not installed; the extra ``fastprune[plot]`` brings it.
+
+        """
+        return plot_scores(self._scores, self.pruned, f"{self.criterion}, {self.granularity}")
 
     def __repr__(self) -> str:
         loss = "" if self.loss is None else f", loss={self.loss:.6g}"
