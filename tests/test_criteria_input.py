@@ -184,3 +184,19 @@ def test_a_loss_without_a_gradient_or_that_is_not_finite_is_reported():
         fp.score(model, loader, **options)
     with pytest.raises(ValueError, match="ignore_index"):
         fp.score(mlp(), [(torch.randn(4, 7), torch.full((4,), -100))], **options)
+
+
+def test_a_backward_of_ones_own_criterion_adds_to_no_gradient():
+    model = mlp()
+    kept = torch.ones_like(model[0].weight)
+    model[0].weight.grad = kept
+
+    def backward(calibration):
+        for batch in calibration.batches():
+            calibration.loss(batch)[0].backward()
+        return calibration.zeros()
+
+    fp.score(model, classification_batches(), criterion=backward, granularity=fp.Unit(), progress=False)
+    assert model[0].weight.grad is kept
+    assert bool((kept == 1).all())
+    assert model[2].weight.grad is None
