@@ -467,3 +467,55 @@ def test_a_trained_model_whose_deltas_are_a_millionth_of_the_loss_keeps_their_di
     assert float(tiny.abs().max()) < 1e-5
     error = (scores[64:] - tiny).abs()
     assert float(error.max()) < 1e-3 * float(tiny.abs().max())
+
+
+@pytest.mark.parametrize("make", [mlp, TextClassifier, DataDependent], ids=lambda make: make.__name__)
+def test_a_parameter_scores_what_zeros_in_its_place_cost(make):
+    torch.manual_seed(0)
+    model = make()
+    loader = _tokens() if make is TextClassifier else classification_batches()
+    scores = fp.score(model, loader, granularity=fp.ParameterTensor(), progress=False)
+    assert scores.keys() == dict(model.named_parameters()).keys()
+    double = copy.deepcopy(model).double().eval()
+    base = _mean_loss(double, loader)
+    for name, parameter in double.named_parameters():
+        before = parameter.detach().clone()
+        parameter.data.zero_()
+        expected = _mean_loss(double, loader) - base
+        parameter.data.copy_(before)
+        assert float(scores[name]) == pytest.approx(expected, rel=1e-4, abs=1e-6 * base)
+
+
+def test_a_layer_scores_what_its_input_or_zeros_in_place_of_its_output_cost():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(7, 7), nn.ReLU(), nn.Linear(7, 9), nn.Tanh(), nn.Linear(9, 5))
+    loader = classification_batches()
+    scores = fp.score(model, loader, granularity=fp.Layer(), progress=False)
+    blocks = fp.score(model, loader, granularity=fp.Layer(), include=[nn.ReLU, nn.Tanh], progress=False)
+    double = copy.deepcopy(model).double().eval()
+    base = _mean_loss(double, loader)
+    for index in range(5):
+        without = list(double)
+        without[index] = nn.Identity() if index in (0, 1, 3) else _Zeros(double[index].out_features)
+        expected = _mean_loss(nn.Sequential(*without), loader) - base
+        found = (scores if str(index) in scores else blocks)[str(index)]
+        assert float(found) == pytest.approx(expected, rel=1e-4, abs=1e-6 * base)
+        assert abs(expected) > 1e-4 * base
+
+
+class _Zeros(nn.Module):
+    def __init__(self, features):
+        super().__init__()
+        self.features = features
+
+    def forward(self, x):
+        return x.new_zeros(len(x), self.features)
+
+
+@torch.no_grad()
+def _mean_loss(double, loader):
+    inputs = [x.double() if x.is_floating_point() else x for x, _ in loader]
+    losses = [
+        F.cross_entropy(double(x), y, reduction="sum") for x, (_, y) in zip(inputs, loader, strict=True)
+    ]
+    return float(sum(losses)) / sum(len(y) for _, y in loader)

@@ -320,3 +320,18 @@ def test_a_plot_without_matplotlib_names_the_extra(monkeypatch):
     monkeypatch.setattr(builtins, "__import__", without)
     with pytest.raises(ImportError, match=r"fastprune\[plot\]"):
         fp.score(mlp(), None, criterion="magnitude").plot()
+
+
+def test_absolute_scores_rank_by_size_and_merge_before_the_sign_is_dropped():
+    model, shards = mlp(), [classification_batches((40,)), classification_batches((23,))]
+    first, second = (fp.score(model, shard, granularity=fp.Block(4, 3), progress=False) for shard in shards)
+    assert any(bool((layer < 0).any()) for layer in first.values())
+    merged = first.absolute().merge(second.absolute())
+    for name, layer in first.merge(second).items():
+        assert torch.equal(first.absolute()[name], first[name].abs())
+        torch.testing.assert_close(merged[name], layer.abs(), rtol=1e-12, atol=1e-15)
+    assert first.absolute().criterion == "loss_delta"
+    wanted = torch.cat([layer.flatten() for layer in first.values()]).abs().min()
+    masks = first.absolute().select(sparsity=0.1)
+    dropped = torch.cat([first[name][~masks[name]] for name in first])
+    assert float(dropped.abs().min()) == float(wanted)

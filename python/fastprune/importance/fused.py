@@ -75,7 +75,8 @@ def fused_deltas(
         if bool(zero.any()):
             hidden = hidden - zero
         size = pieces.group_size * width
-        masked = [(0, classes, j, min(j + size, features)) for j in range(0, features, size)]
+        count = pieces.shape(values[start].shape[1:]).numel()
+        masked = [(0, classes, j * size, min((j + 1) * size, features)) for j in range(count)]
     if masked is None:
         return None
     return ops.ablated_cross_entropy(logits, hidden, weight, targets, _as_tensor(masked, logits), kept)

@@ -9,9 +9,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx
 
+from .. import ops
 from ..channel_changes import Change, ChannelChange, add_product
 from ..granularity import Block, Granularity, Head, InputUnit, Layer, Unit, weight_as_taps
 from ..node_ops import ConvOp, NodeOp
+
+# Masked outputs of one layer that are made together stay near the caches.
+_MASKED_BYTES = 4 << 20
 
 Values = dict[fx.Node, Any]
 Start = tuple[fx.Node, Change]
@@ -69,14 +73,7 @@ def _columns(
 ) -> Iterator[Start | None]:
     """Input units and heads: some inputs of all outputs, or of those of one group."""
     if not isinstance(op, ConvOp):
-        size = weight.shape[1] // pieces
-        for index in range(pieces):
-            columns = slice(index * size, (index + 1) * size)
-            part = weight[:, columns]
-            if bool(part.any()):
-                yield node, add_product(output, source[..., columns], part, scale=-1)
-            else:
-                yield None
+        yield from _linear_columns(node, weight, pieces, source, output)
         return
     outputs, inputs = weight.shape[0] // op.groups, weight.shape[1]
     for channel in range(pieces):
@@ -88,6 +85,24 @@ def _columns(
             yield node, ChannelChange(1, rows.start, rows.stop, output[:, rows] - product)
         else:
             yield None
+
+
+def _linear_columns(
+    node: fx.Node, weight: Tensor, pieces: int, source: Tensor, output: Tensor
+) -> Iterator[Start | None]:
+    """Several masks at a time: the kernel reads the output once for each, and writes it once."""
+    size, features = weight.shape[1] // pieces, len(weight)
+    bounds = [(0, features, index * size, (index + 1) * size) for index in range(pieces)]
+    at_once = max(1, _MASKED_BYTES // max(1, output.numel() * output.element_size()))
+    inputs, outputs = source.flatten(0, -2), output.flatten(0, -2)
+    for begin in range(0, pieces, at_once):
+        chunk = bounds[begin : begin + at_once]
+        nonzero = [bool(weight[:, first:last].any()) for _, _, first, last in chunk]
+        masked = ops.ablate_linear(
+            outputs, inputs, weight, torch.tensor(chunk, dtype=torch.int32, device=weight.device)
+        )
+        for index, whole in enumerate(masked):
+            yield (node, whole.view(output.shape)) if nonzero[index] else None
 
 
 def rectangles(block: Block, weight_shape: torch.Size) -> list[tuple[int, int, int, int]]:

@@ -169,6 +169,22 @@ class ImportanceScores(Mapping[str, Tensor]):
             )
         return Masks(masks, self.granularity, self.weight_shapes, self.norms, self.granularities)
 
+    def absolute(self) -> ImportanceScores:
+        """Return the scores without their signs: how much a piece changes the loss, either way.
+
+        Loss deltas below zero say that the loss falls when one piece goes. Many such pieces taken out
+        together rarely add up to a gain, so pruning at once, without training, does better by the size of
+        the change (``python examples/compare_criteria.py`` shows both).
+
+        Example:
+            >>> masks = scores.absolute().select(sparsity=0.5)
+
+        """
+        facts = self._facts()
+        if self.merging == "mean":
+            facts |= {"merging": "absolute mean", "means": self._scores}
+        return ImportanceScores({name: layer.abs() for name, layer in self._scores.items()}, **facts)
+
     def _facts(self) -> dict[str, Any]:
         """The keyword arguments that scores like these are made with."""
         return {
