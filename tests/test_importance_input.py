@@ -362,3 +362,25 @@ def test_the_progress_bar_can_be_silenced(capsys):
     assert capsys.readouterr().err == ""
     fp.score(mlp(), [_batch()], progress=True)
     assert "loss deltas" in capsys.readouterr().err
+
+
+def test_a_loss_that_is_nan_names_the_batch_and_the_layer():
+    model, loader = mlp(), classification_batches((5, 6, 4))
+    loader[1][0][2, 3] = torch.nan
+    with pytest.raises(ValueError, match="in batch 2 of `loader`: layer '0' is the first"):
+        fp.score(model, loader, progress=False)
+    loader[1][0][2, 3] = 1e30
+    model[2].weight.data[:, 4] = 3e38
+    with pytest.raises(ValueError, match="in batch 2 of `loader`"):
+        fp.score(model, loader, progress=False)
+
+
+@pytest.mark.parametrize("granularity", [fp.InputUnit(), fp.Unit(), fp.Block(4, 3)], ids=str)
+def test_models_in_half_precision_are_scored_too(granularity):
+    model, loader = mlp(), classification_batches((40,))
+    full = fp.score(model, loader, granularity=granularity, progress=False)
+    half = [(x.bfloat16(), y) for x, y in loader]
+    scores = fp.score(model.bfloat16(), half, granularity=granularity, progress=False)
+    for name in full:
+        torch.testing.assert_close(scores[name], full[name], rtol=0, atol=0.05)
+        assert float(scores[name].abs().max()) > 0.01

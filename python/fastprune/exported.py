@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import operator
 import warnings
 from collections.abc import Iterator
 from typing import Any
@@ -20,7 +21,12 @@ from .batches import Batch
 from .graph import TracedModel
 
 _aten = torch.ops.aten
-_LAYER_TARGETS = {_aten.linear.default, _aten.conv2d.default, _aten.batch_norm.default}
+_LAYER_TARGETS = {
+    _aten.linear.default,
+    _aten.conv2d.default,
+    _aten.conv2d.padding,
+    _aten.batch_norm.default,
+}
 
 
 class ExportedModel(TracedModel):
@@ -55,6 +61,7 @@ class ExportedModel(TracedModel):
             return None
         if any(node.op == "get_attr" for node in program.graph.nodes):
             return None  # control flow with branches of its own
+        _join_batch_norms(program.graph)
         return cls(program, model)
 
     @contextlib.contextmanager
@@ -100,6 +107,24 @@ class ExportedModel(TracedModel):
                 if not all(path.split(".parametrizations")[0] in names for path in paths):
                     return None
         return calls[0]
+
+
+def _join_batch_norms(graph: fx.Graph) -> None:
+    """Put one node with one output in the place of the batch norm that gives its statistics as well."""
+    for node in list(graph.nodes):
+        if node.target is not _aten._native_batch_norm_legit_no_training.default:
+            continue
+        outputs = list(node.users)
+        if not all(user.target is operator.getitem and user.args[1] == 0 for user in outputs):
+            continue
+        *tensors, momentum, eps = node.args
+        with graph.inserting_before(node):
+            joined = graph.call_function(_aten.batch_norm.default, (*tensors, False, momentum, eps, False))
+        joined.meta = dict(node.meta)
+        for output in outputs:
+            output.replace_all_uses_with(joined)
+            graph.erase_node(output)
+        graph.erase_node(node)
 
 
 def _module_path(node: fx.Node) -> str | None:

@@ -182,6 +182,8 @@ def _function_op(traced: TracedModel, node: fx.Node, source: fx.Node) -> NodeOp 
         return _mean_op(traced, node, source)
     if target is torch.flatten and tuple(node.args[1:]) in ((1,), (1, -1)) and not node.kwargs:
         return NodeOp("flatten", traced, source)
+    if target is _aten.view.default and isinstance(node.args[1], (tuple, list)) and len(node.args[1]) == 2:
+        return NodeOp("flatten", traced, source)  # if the shapes say so
     if target is _aten.flatten.using_ints and tuple(node.args[1:]) in ((1,), (1, -1)):
         return NodeOp("flatten", traced, source)
     if target in (F.linear, _aten.linear.default) and not node.kwargs:
@@ -189,7 +191,7 @@ def _function_op(traced: TracedModel, node: fx.Node, source: fx.Node) -> NodeOp 
     if target is _aten.batch_norm.default and not node.args[5]:
         weight, bias, mean, variance, _, _, eps = node.args[1:8]
         return NodeOp("batch_norm", traced, source, operands=(mean, variance, weight, bias), eps=eps)  # type: ignore[arg-type]
-    if target is _aten.conv2d.default and not node.kwargs:
+    if target in (_aten.conv2d.default, _aten.conv2d.padding) and not node.kwargs:
         defaults = (None, None, None, 1, 0, 1, 1)
         filled = (*node.args, *defaults[len(node.args) :])
         return ConvOp(

@@ -9,6 +9,7 @@ Three ways, each exact, the first that applies:
 from __future__ import annotations
 
 import contextlib
+import sys
 from collections.abc import Callable, Generator
 from typing import Any, NamedTuple
 
@@ -93,6 +94,7 @@ class LossDeltas:
             for name in layers
         }
         self.samples_at_once: int | None = None
+        self.num_batches = 0
         self.loss_sum = 0.0
         self.total_weight = 0.0
 
@@ -110,6 +112,7 @@ class LossDeltas:
         """
         if self.samples_at_once is None:
             self.samples_at_once = self._samples_at_once(batch)
+        self.num_batches += 1
         self.advance = advance or _ignore
         *parts, last = batch.split(self.samples_at_once, equal=self.traces.needs_equal_shapes)
         for part in parts:
@@ -121,12 +124,12 @@ class LossDeltas:
         probe = batch.head(PROBE_SAMPLES)
         traced = self.traces.of(probe)
         if traced is None or not self.traces.splits(probe):
-            return batch.size
+            return sys.maxsize
         values = traced.run(probe)
         logits = read_logits(values[traced.output_node], self.output_transform)
         losses, _ = self.loss(logits, probe.targets, probe.size)
         if losses.dim() == 0:  # the mean of a loss function that may weigh its samples
-            return batch.size
+            return sys.maxsize
         count = samples_at_once(values, probe.size, self.memory_budget)
         return min(count, PROBE_SAMPLES) if self.traces.needs_equal_shapes else count
 
@@ -137,7 +140,8 @@ class LossDeltas:
         logits = read_logits(output, self.output_transform)
         losses, weight = self.loss(logits, batch.targets, batch.size)
         if not bool(losses.isfinite().all()):
-            raise ValueError(f"the loss is NaN or inf{self._where_not_finite(values)}")
+            where = self._where_not_finite(traced, values or {})
+            raise ValueError(f"the loss is NaN or inf in batch {self.num_batches} of `loader`{where}")
         self.loss_sum += float(losses.sum())
         self.total_weight += weight
         for name in self.layers:
@@ -148,7 +152,10 @@ class LossDeltas:
             elif last:  # of a batch: the progress bar counts each piece once for it
                 self.advance(len(deltas))
             if not bool(deltas.isfinite().all()):
-                raise ValueError(f"the loss is NaN or inf when a piece of layer '{name}' is masked")
+                raise ValueError(
+                    f"the loss is NaN or inf in batch {self.num_batches} of `loader` when a piece of layer "
+                    f"'{name}' is masked"
+                )
             self.sums[name] += deltas.cpu()
 
     def result(self) -> dict[str, Tensor]:
@@ -172,14 +179,15 @@ class LossDeltas:
     def _shape(self, name: str) -> torch.Size:
         return weight_shape_of(self.layers[name], self.granularities[name], name)
 
-    def _where_not_finite(self, values: dict[fx.Node, Any] | None) -> str:
+    def _where_not_finite(self, traced: TracedModel | None, values: Values) -> str:
         for name, module in self.layers.items():
             if is_scorable(module) and not bool(weight_of(module).isfinite().all()):
                 return f": layer '{name}' has such weights"
-        for node, value in (values or {}).items():
-            if node.op == "call_module" and isinstance(value, Tensor) and not bool(value.isfinite().all()):
-                return f": layer '{node.target}' is the first with such outputs"
-        return " for a batch of `loader`"
+        for node, value in values.items():
+            layer = None if traced is None else traced.module_name(node)
+            if layer is not None and isinstance(value, Tensor) and not bool(value.isfinite().all()):
+                return f": layer '{layer}' is the first with such outputs"
+        return ""
 
     def _call(self, traced: TracedModel, values: Values, name: str) -> _Call | None:
         """The only use of a layer, if the layer computes what torch's own would."""

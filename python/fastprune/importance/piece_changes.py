@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -16,6 +16,9 @@ from ..node_ops import ConvOp, NodeOp
 
 # Masked outputs of one layer that are made together stay near the caches.
 _MASKED_BYTES = 4 << 20
+
+# The kernel is for updates of low rank; beyond, a plain product is as fast and needs no copy of the weights.
+_MOST_COLUMNS = 128
 
 Values = dict[fx.Node, Any]
 Start = tuple[fx.Node, Change]
@@ -98,9 +101,14 @@ def _linear_columns(
     for begin in range(0, pieces, at_once):
         chunk = bounds[begin : begin + at_once]
         nonzero = [bool(weight[:, first:last].any()) for _, _, first, last in chunk]
-        masked = ops.ablate_linear(
-            outputs, inputs, weight, torch.tensor(chunk, dtype=torch.int32, device=weight.device)
-        )
+        masked: Iterable[Tensor]
+        if output.is_cuda or output.dtype not in (torch.float32, torch.float64) or size > _MOST_COLUMNS:
+            masked = (
+                add_product(outputs, inputs[:, first:last], weight[:, first:last], scale=-1)
+                for _, _, first, last in chunk
+            )
+        else:
+            masked = ops.ablate_linear(outputs, inputs, weight, torch.tensor(chunk, dtype=torch.int32))
         for index, whole in enumerate(masked):
             yield (node, whole.view(output.shape)) if nonzero[index] else None
 
