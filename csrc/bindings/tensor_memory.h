@@ -13,6 +13,11 @@
 
 #include "../kernels/types.h"
 
+// torch 2.11 has this check under another name.
+#ifndef STABLE_TORCH_ERROR_CODE_CHECK
+#define STABLE_TORCH_ERROR_CODE_CHECK(call) TORCH_ERROR_CODE_CHECK(call)
+#endif
+
 namespace fastprune {
 
 using torch::stable::Tensor;
