@@ -290,6 +290,7 @@ def test_a_correlation_prints_and_checks_its_arguments():
 
 
 def test_a_plot_has_a_row_for_each_layer_and_a_map_for_each_with_blocks(tmp_path):
+    pytest.importorskip("matplotlib", reason="plots need the extra `plot`")
     model, _ = masked_mlp(0.5)
     scores = fp.score(model, None, criterion="magnitude", granularity=fp.Block(4, 4))
     figure = scores.plot()
