@@ -59,6 +59,19 @@ class Snapshot:
             assert torch.equal(state[name], tensor), name
 
 
+class FailsAtCall:
+    """A loss that raises at its n-th call: in the middle of the masks of a layer."""
+
+    def __init__(self, calls, error):
+        self.calls, self.error = calls, error
+
+    def __call__(self, output, targets):
+        self.calls -= 1
+        if self.calls == 0:
+            raise self.error
+        return F.cross_entropy(output, targets)
+
+
 def as_double(tree):
     return tree_map_only(
         torch.Tensor, lambda t: t.to(torch.float64, copy=True) if t.is_floating_point() else t.clone(), tree

@@ -13,6 +13,7 @@ import fastprune as fp
 from criteria_nets import GRANULARITIES, NETS
 from fastprune.importance.sample_gradients import SampleGradients
 from helpers import (
+    FailsAtCall,
     Snapshot,
     as_double,
     classification_batches,
@@ -247,19 +248,6 @@ def test_parameters_of_recurrent_layers_have_gradients_but_no_masks():
     snapshot.assert_unchanged()
 
 
-class _FailsAt:
-    """A loss that raises at its n-th call."""
-
-    def __init__(self, calls, error):
-        self.calls, self.error = calls, error
-
-    def __call__(self, output, targets):
-        self.calls -= 1
-        if self.calls == 0:
-            raise self.error
-        return F.cross_entropy(output, targets)
-
-
 @pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError("out of memory")])
 @pytest.mark.parametrize("criterion", sorted(fp.criteria.CRITERIA))
 @pytest.mark.filterwarnings("ignore:fastprune")
@@ -289,7 +277,7 @@ def test_an_interrupt_anywhere_leaves_the_model_as_it_was(criterion, error):
         if criterion in ("gradient", "taylor", "fisher", "gradient_change"):
             for calls in (1, 2, 3, *([4, 9] if criterion == "gradient_change" else [])):
                 with pytest.raises(kind):
-                    fp.score(model, batches, loss_fn=_FailsAt(calls, error), **options)
+                    fp.score(model, batches, loss_fn=FailsAtCall(calls, error), **options)
                 snapshot.assert_unchanged()
         fp.score(model, batches, **options)
         snapshot.assert_unchanged()

@@ -14,7 +14,7 @@ from torch.nn.utils import prune
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 import fastprune as fp
-from helpers import Snapshot, classification_batches, mlp
+from helpers import FailsAtCall, Snapshot, classification_batches, mlp
 from networks import DataDependent, KeepsWhatItComputes, ResidualInPlace, SmallConvNet
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -164,19 +164,6 @@ def _interrupting(batches, error):
     raise error
 
 
-class _FailsAtCall:
-    """A loss that raises at its n-th call: in the middle of the masks of a layer."""
-
-    def __init__(self, calls, error):
-        self.calls, self.error = calls, error
-
-    def __call__(self, output, targets):
-        self.calls -= 1
-        if self.calls == 0:
-            raise self.error
-        return nn.functional.cross_entropy(output, targets)
-
-
 @pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError("out of memory")])
 @pytest.mark.parametrize(
     "make",
@@ -197,7 +184,7 @@ def test_an_interrupt_anywhere_leaves_the_model_as_it_was(make, error):
             fp.score(model, _interrupting(batches, error), granularity=granularity, progress=False)
         snapshot.assert_unchanged()
         for calls in (1, 2, 3, 7):
-            loss_fn = _FailsAtCall(calls, error)
+            loss_fn = FailsAtCall(calls, error)
             with pytest.raises(kind):
                 fp.score(model, batches, granularity=granularity, loss_fn=loss_fn, progress=False)
             snapshot.assert_unchanged()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import hashlib
 import json
 import math
 import os
@@ -27,7 +26,7 @@ from .batches import (
     model_device,
 )
 from .distillation import OptimizerFactory, check_distillation, distill
-from .files import write_atomically
+from .files import state_digest, write_atomically
 from .granularity import Block, Granularity, check_granularity
 from .importance import check_criterion, score
 from .layers import check_model
@@ -64,16 +63,6 @@ def _seed_round(seed: int, round_index: int) -> None:
 def round_sparsity(sparsity: float, rounds: int, round_index: int) -> float:
     """Return the target of a round: each keeps the same share of what the round before left."""
     return 1.0 - (1.0 - sparsity) ** ((round_index + 1) / rounds)
-
-
-def _digest(model: nn.Module) -> str:
-    """A hash of a model's state, by which a checkpoint of another model is recognised."""
-    digest = hashlib.sha256()
-    for name, tensor in model.state_dict().items():
-        if isinstance(tensor, torch.Tensor):
-            digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
-            digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
 
 
 def _name_of(function: Any) -> str | None:
@@ -211,7 +200,7 @@ def compress(
     if max_accuracy_drop is not None and max_accuracy_drop < 0:
         raise ValueError(f"`max_accuracy_drop` must not be negative, got {max_accuracy_drop}")
     settings = {
-        "model": _digest(model),
+        "model": state_digest(model),
         "sparsity": sparsity,
         "rounds": rounds,
         "epochs": epochs,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import itertools
 import warnings
 from collections.abc import Iterable, Iterator
@@ -24,6 +23,7 @@ from ..batches import (
     model_device,
     read_logits,
 )
+from ..files import state_digest
 from ..granularity import (
     Block,
     Granularity,
@@ -121,7 +121,7 @@ def score(
     if loader is None and needs_data:
         raise TypeError(f"`loader` must be an iterable of batches for criterion '{criterion}', got None")
     with keep_generators(), EvalMode(model):
-        digest = _digest_of(model)
+        digest = state_digest(model)
         traces = Traces(model, layers.values(), lambda output: read_logits(output, output_transform))
         source = _Source(loader, model_device(model), max_samples)
         first = probe = traced = None
@@ -249,16 +249,6 @@ def _element_size(name: str, module: nn.Module, granularity: Granularity) -> int
     if is_scorable(module):
         return weight_of(module).element_size()
     return next((parameter.element_size() for parameter in module.parameters()), 0)
-
-
-def _digest_of(model: nn.Module) -> str:
-    """What tells two models apart: a hash of all values of the state."""
-    digest = hashlib.sha256()
-    for name, tensor in model.state_dict().items():
-        if isinstance(tensor, Tensor):
-            digest.update(name.encode())
-            digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
 
 
 def _pruned(layers: dict[str, nn.Module], granularities: dict[str, Granularity]) -> dict[str, Tensor]:
