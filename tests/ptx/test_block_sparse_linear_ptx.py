@@ -2,13 +2,13 @@
 
 import itertools
 import os
-import re
 from dataclasses import dataclass, fields, replace
 
 import numpy as np
 import pytest
 
 from . import harness
+from .mutants import mutants_of, unnoticed
 
 pytestmark = pytest.mark.skipif(
     harness.unavailable_reason() is not None, reason=harness.unavailable_reason() or ""
@@ -196,39 +196,12 @@ EQUIVALENT = {
     ("no guard", "for (int c = 0; c < tile_columns; ++c) {"): "no step is empty",
     ("bound + 1", "for (int begin = 0; begin < columns; begin += kTileColumns) {"): "one empty step more",
 }
-OFF_BY_ONE = {"lt": "le", "le": "lt", "gt": "ge", "ge": "gt"}
 
 
-def mutants(ptx: str) -> list[tuple[str, str, str]]:
-    """Return (what was done, source line, PTX): one barrier, bound, guard or tile size at a time."""
-    lines = ptx.split("\n")
-    file = next(line.split()[1] for line in lines if re.match(r'\s*\.file.*block_sparse_linear\.cu"', line))
-    source = (harness.KERNELS / "block_sparse_linear.cu").read_text().split("\n")
-    where, found = "", []
-
-    def mutate(kind: str, index: int, line: str) -> None:
-        found.append((kind, where, "\n".join([*lines[:index], line, *lines[index + 1 :]])))
-
-    for index, line in enumerate(lines):
-        if match := re.match(rf"\s*\.loc\s+{file}\s+(\d+)", line):
-            where = source[int(match[1]) - 1].strip()
-        elif "bar.sync" in line:
-            mutate("no barrier", index, "")
-        elif match := re.search(r"setp\.(lt|le|gt|ge)\.[su]\d", line):
-            other = line.replace(f"setp.{match[1]}", f"setp.{OFF_BY_ONE[match[1]]}")
-            mutate("bound + 1", index, other)
-        elif re.match(r"\s*@!?%p\d+\s+bra", line):
-            mutate("no guard", index, "")
-        elif match := re.search(r"min\.s\d+.*, (\d+);", line):
-            # One more is no mutant: no thread has an index past its tile.
-            mutate("tile - 1", index, line.replace(f", {match[1]};", f", {int(match[1]) - 1};"))
-    return found
-
-
-def noticed(mutant: str) -> bool:
+def notices(ptx_transform) -> bool:
     for case in MUTANT_CASES:
         for order in ("forward", "reverse"):
-            if run(case, order=order, ptx_transform=lambda _: mutant, max_instructions=10**6)[1]:
+            if run(case, order=order, ptx_transform=ptx_transform, max_instructions=10**6)[1]:
                 return True
     return False
 
@@ -236,12 +209,8 @@ def noticed(mutant: str) -> bool:
 def test_every_mutant_is_noticed():
     for case in MUTANT_CASES:
         assert run(case)[1] == [], case
-    everything = mutants(harness.ptx_of("block_sparse_linear"))
-    kinds = [kind for kind, _, _ in everything]
+    mutants = mutants_of("block_sparse_linear", "block_sparse_linear_f32")
+    kinds = [mutant.kind for mutant in mutants]
     assert kinds.count("no barrier") == 2
     assert min(kinds.count("bound + 1"), kinds.count("no guard"), kinds.count("tile - 1")) > 2
-    missed = [(kind, where) for kind, where, mutant in everything if not noticed(mutant)]
-    for known in EQUIVALENT:
-        if known in missed:
-            missed.remove(known)
-    assert missed == []
+    assert unnoticed(mutants, notices, EQUIVALENT) == []
