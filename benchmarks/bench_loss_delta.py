@@ -66,19 +66,34 @@ def score(
 
 
 def check_in_double(
-    model: nn.Sequential,
-    inputs: Tensor,
+    model: nn.Module,
+    inputs: Any,
     targets: Tensor,
-    pieces: Callable[[nn.Sequential], Iterable[Parameters]],
+    pieces: Callable[[Any], Iterable[Parameters]],
+    loop: bool = False,
 ) -> Callable[[Tensor, Any], None]:
-    """A check of the first layer's deltas against masked forwards in float64."""
+    """A check of about 40 of the deltas against masked forwards in float64.
 
-    def check(deltas: Tensor, _: Any) -> None:
+    Args:
+        model: what is scored.
+        inputs: a tensor, or a dict of keyword inputs.
+        targets: class indices.
+        pieces: the pieces of a copy of the model, in the order of the deltas.
+        loop: whether the baseline gives the same deltas by masked forwards in float32, whose differences of
+            mean losses are good to a millionth of the loss; all are compared with those.
+
+    """
+
+    def check(deltas: Tensor, baseline: Any) -> None:
+        if loop:
+            torch.testing.assert_close(deltas, baseline, rtol=1e-2, atol=1e-5)
         double = copy.deepcopy(model).double()
-        some = list(pieces(double))[:: max(1, deltas.numel() // 40)]
-        wanted = masked_forwards(double, inputs.double(), targets, some)
-        loss = F.cross_entropy(double(inputs.double()), targets).item()
-        assert_exact(deltas.flatten()[:: max(1, deltas.numel() // 40)], wanted, loss)
+        exact = inputs if isinstance(inputs, dict) else inputs.double()
+        every = max(1, deltas.numel() // 40)
+        wanted = masked_forwards(double, exact, targets, list(pieces(double))[::every])
+        with torch.no_grad():
+            output = double(**exact) if isinstance(exact, dict) else double(exact)
+        assert_exact(deltas.flatten()[::every], wanted, F.cross_entropy(output, targets).item())
 
     return check
 
@@ -180,32 +195,22 @@ def bench_resnet18_filters(benchmark, thread_count: int) -> None:
         norms[f"blocks.{block}.shortcut.0"] = f"blocks.{block}.shortcut.1"
     convolutions = [name for name, module in model.named_modules() if isinstance(module, nn.Conv2d)]
 
-    def loop() -> Tensor:
-        pieces = (
-            piece
-            for name in convolutions
-            for piece in units(
-                model.get_submodule(name),
-                model.get_submodule(norms[name]),
-                count=-(-model.get_submodule(name).out_channels // SomeUnits.share),
-            )
-        )
-        return masked_forwards(model, inputs, targets, pieces)
+    def filters(net: nn.Module) -> Iterator[Parameters]:
+        for name in convolutions:
+            convolution: Any = net.get_submodule(name)
+            count = -(-convolution.out_channels // SomeUnits.share)
+            yield from units(convolution, net.get_submodule(norms[name]), count=count)
 
     def ours() -> Tensor:
         scores = score(model, inputs, targets, SomeUnits(), nn.Conv2d)
         return torch.cat([scores[name] for name in convolutions])
 
-    def check(deltas: Tensor, wanted: Tensor) -> None:
-        # The loop runs in float32 too: its differences of mean losses are good to a millionth of the loss.
-        torch.testing.assert_close(deltas, wanted, rtol=1e-2, atol=1e-5)
-
     with threads(thread_count):
         measure_once(
             benchmark,
             ours,
-            loop,
-            check=check,
+            lambda: masked_forwards(model, inputs, targets, filters(model)),
+            check=check_in_double(model, inputs, targets, filters, loop=True),
             group=f"one of {SomeUnits.share} filters of all convolutions of a ResNet-18, 32x32, N = 256, "
             f"against the loop, {thread_count} threads",
         )
@@ -218,9 +223,9 @@ def bench_minilm(benchmark, thread_count: int) -> None:
     inputs = {"input_ids": torch.randint(1000, 20_000, (64, 32))}
     inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
     targets = torch.randint(0, 4, (64,))
-    layers = [model.get_submodule(f"bert.encoder.layer.{layer}") for layer in range(6)]
 
-    def pieces() -> Iterator[Parameters]:
+    def pieces(net: nn.Module) -> Iterator[Parameters]:
+        layers = [net.get_submodule(f"bert.encoder.layer.{layer}") for layer in range(6)]
         for layer in layers:
             for begin in range(0, 384, 32):
                 yield [
@@ -237,15 +242,12 @@ def bench_minilm(benchmark, thread_count: int) -> None:
         blocks = score(model, inputs, targets, fp.Unit(group_size=32), "*intermediate.dense")
         return torch.cat([*heads.values(), *blocks.values()])
 
-    def check(deltas: Tensor, wanted: Tensor) -> None:
-        torch.testing.assert_close(deltas, wanted, rtol=1e-2, atol=1e-5)
-
     with threads(thread_count):
         measure_once(
             benchmark,
             ours,
-            lambda: masked_forwards(model, inputs, targets, pieces()),
-            check=check,
+            lambda: masked_forwards(model, inputs, targets, pieces(model)),
+            check=check_in_double(model, inputs, targets, pieces, loop=True),
             group="72 heads and 288 blocks of 32 feed-forward units of MiniLM, 64 sentences of 32 tokens, "
             f"against the loop, {thread_count} threads",
         )

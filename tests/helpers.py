@@ -150,13 +150,21 @@ def pieces_of(granularity, shape):
 
 @torch.no_grad()
 def brute_force(
-    model, loader, layer, granularity, sums=None, norm=None, pick=lambda output: output, max_pieces=40
+    model,
+    loader,
+    layer,
+    granularity,
+    sums=None,
+    norm=None,
+    pick=lambda output: output,
+    max_pieces=40,
+    also=(),
 ):
     """Loss deltas of one layer, and the loss, by masked forwards of a float64 copy over the whole data set.
 
     ``granularity`` is that of the layer: with its number of heads, or its groups. ``norm`` is the batch
-    norm whose channels go with the layer's units. Of more than ``max_pieces`` pieces
-    every second, third, ... is measured; the others are NaN.
+    norm whose channels go with the layer's units, ``also`` are layers and norms that go with them too. Of
+    more than ``max_pieces`` pieces every second, third, ... is measured; the others are NaN.
     """
     sums = cross_entropy_sums() if sums is None else sums
     dense = plain_double(model)
@@ -173,7 +181,7 @@ def brute_force(
         return float(sum(total for total, _ in totals)) / float(sum(weight for _, weight in totals))
 
     module = dense.get_submodule(layer)
-    owners = [module] if norm is None else [module, dense.get_submodule(norm)]
+    owners = [module, *(dense.get_submodule(name) for name in (norm, *also) if name is not None)]
     loss = mean_loss()
     pieces = list(pieces_of(granularity, module.weight.shape))
     deltas = torch.full((len(pieces),), torch.nan, dtype=torch.float64)

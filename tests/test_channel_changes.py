@@ -56,8 +56,8 @@ def test_some_channels_give_what_the_whole_value_gives(name, export):
                 for begin, end in ((0, 1), (size // 2, size), (0, size)):
                     channels = value.narrow(dim, begin, end - begin)
                     change = ChannelChange(dim, begin, end, torch.randn_like(channels))
-                    found = run_changed(traced, values, node, change)
-                    wanted = run_changed(traced, values, node, change.applied_to(value))
+                    found = run_changed(traced, values, {node: change})
+                    wanted = run_changed(traced, values, {node: change.applied_to(value)})
                     torch.testing.assert_close(found, wanted, rtol=1e-9, atol=1e-11)
     # Without these no rule would have been taken.
     assert {"linear", "elementwise"} <= kinds
@@ -79,8 +79,8 @@ def test_a_change_of_few_channels_does_not_run_the_next_layer(monkeypatch):
     node = traced.single_call(model[0])
     change = ChannelChange(1, 2, 4, torch.zeros(4, 2))
     with torch.no_grad():
-        changed = run_changed(traced, values, node, change)
+        changed = run_changed(traced, values, {node: change})
         assert calls == []
-        whole = run_changed(traced, values, node, change.applied_to(values[node]))
+        whole = run_changed(traced, values, {node: change.applied_to(values[node])})
         assert calls == [model[2]]
     torch.testing.assert_close(changed, whole)

@@ -67,9 +67,21 @@ def test_the_result_holds_block_sparse_layers_of_the_sparsity_asked_for():
     assert zeros / (12 * 17 + 34) == pytest.approx(result.history[-1]["sparsity"], abs=1e-6)
 
 
-@pytest.mark.parametrize("granularity", [fp.Unit(), fp.Element()])
-@pytest.mark.parametrize("criterion", ["loss_delta", "magnitude"])
-def test_other_granularities_end_as_plain_zeros(granularity, criterion):
+CRITERIA = ("gradient", "gradient_change", "taylor", "fisher", "activation", "wanda", "random")
+
+
+@pytest.mark.parametrize(
+    ("granularity", "criterion"),
+    [
+        *(
+            (granularity, name)
+            for granularity in (fp.Unit(), fp.Element())
+            for name in ("loss_delta", "magnitude")
+        ),
+        *((fp.Unit(), name) for name in CRITERIA),
+    ],
+)
+def test_other_granularities_and_criteria_end_as_plain_zeros(granularity, criterion):
     model, train, val = task()
     options = {**OPTIONS, "granularity": granularity, "criterion": criterion, "scope": "layer"}
     result = fp.compress(model, train, val, **options)

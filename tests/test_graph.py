@@ -60,7 +60,7 @@ def test_a_trace_gives_what_the_model_gives_and_every_suffix_gives_it_again(make
         torch.testing.assert_close(values[traced.output_node], expected, rtol=0, atol=0)
         before = {node: value.clone() for node, value in values.items()}
         for node in traced.nodes[:-1]:
-            again = run_changed(traced, values, node, values[node].clone())
+            again = run_changed(traced, values, {node: values[node].clone()})
             torch.testing.assert_close(again, expected, rtol=0, atol=0)
     for node, value in before.items():
         assert torch.equal(values[node], value), node
@@ -76,7 +76,7 @@ def test_a_suffix_runs_with_the_replaced_value_and_only_what_depends_on_it():
         values = traced.run(_batch(torch.randn(4, 7)))
         calls.clear()
         node = traced.single_call(model.second)
-        output = run_changed(traced, values, node, torch.zeros(4, 9))
+        output = run_changed(traced, values, {node: torch.zeros(4, 9)})
         assert calls == ["head"]
         hidden = F.relu(values[traced.single_call(model.first)])
         torch.testing.assert_close(output, model.head(F.gelu(hidden)))

@@ -20,7 +20,7 @@ ORDER = (
     "_library", "reference",
     "_registration", "ops",
     "files", "granularity", "layers", "batches", "timing", "masks", "block_sparse", "graph", "exported",
-    "node_ops", "tracing", "channel_changes",
+    "node_ops", "tracing", "channel_changes", "coupling",
     "importance.replacement", "importance.calibration", "importance.criterion", "importance.weight_criteria",
     "importance.sample_gradients", "importance.gradient_criteria", "importance.activation_criteria",
     "importance.criteria",

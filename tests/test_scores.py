@@ -134,6 +134,10 @@ TAMPERED = {
     "a weight shape that is negative": lambda m, t: m["weight_shapes"].update({"0": [-9, 7]}),
     "norms of nothing": lambda m, t: m["norms"].update({"9": "1"}),
     "weights that are text": lambda m, t: m["weights"].update({"0": "1"}),
+    "coupled layers that are none": lambda m, t: m.update(coupled=[["0", "9"]]),
+    "a layer coupled twice": lambda m, t: m.update(coupled=[["0", "0"]]),
+    "coupled layers of other shapes": lambda m, t: m.update(coupled=[["0", "2"]]),
+    "a group of one": lambda m, t: m.update(coupled=[["0"]]),
     "no element sizes": lambda m, t: m["element_sizes"].clear(),
 }
 

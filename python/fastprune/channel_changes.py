@@ -12,7 +12,7 @@ whole value after that costs a product with a few columns. What no rule covers g
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -52,39 +52,56 @@ Values = dict[fx.Node, Any]
 Rule = Callable[[NodeOp, fx.Node, Values, dict[fx.Node, ChannelChange]], "Change | None"]
 
 
-def run_changed(traced: TracedModel, values: Values, start: fx.Node, change: Change) -> Any:
-    """Return the model's output when the value of one node changes.
+def run_changed(traced: TracedModel, values: Values, changes: Mapping[fx.Node, Change]) -> Any:
+    """Return the model's output when the values of some nodes change.
 
     Args:
         traced: the traced model.
         values: the value of every node, as ``traced.run`` gives them; they are not written to.
-        start: the node whose value changes.
-        change: its new value, or its new channels.
+        changes: node to its new value, or its new channels, which hold whatever reaches that node from
+            another.
 
     """
     whole: Values = {}
     partial: dict[fx.Node, ChannelChange] = {}
-    if isinstance(change, ChannelChange):
-        partial[start] = change
-    else:
-        whole[start] = change
 
     def value_of(node: fx.Node) -> Any:
         if node in partial:
             whole[node] = partial.pop(node).applied_to(values[node])
         return whole[node] if node in whole else values[node]
 
+    def set_change(node: fx.Node, change: Change) -> None:
+        if isinstance(change, ChannelChange):
+            partial[node] = change
+        else:
+            whole[node] = change
+
+    for node, change in changes.items():
+        set_change(node, change)
     with traced.functional():
-        for node in traced.suffix(start):
+        for node in traced.suffix(*changes):
             changed = {source: partial[source] for source in node.all_input_nodes if source in partial}
             result = None
             if changed and not any(source in whole for source in node.all_input_nodes):
                 result = _propagate(traced, node, values, changed)
-            if isinstance(result, ChannelChange):
-                partial[node] = result
-            else:
-                whole[node] = traced.evaluate(node, value_of) if result is None else result
+            if result is None:
+                result = traced.evaluate(node, value_of)
+            if node in changes:
+                partial.pop(node, None)
+                result = _overruled(result, changes[node], values[node])
+            set_change(node, result)
         return value_of(traced.output_node)
+
+
+def _overruled(reached: Change, own: Change, value: Tensor) -> Change:
+    """A node's own change put over what reaches it from other nodes."""
+    if isinstance(own, Tensor):
+        return own
+    if isinstance(reached, ChannelChange):
+        if own.same_channels(reached):
+            return own
+        reached = reached.applied_to(value)
+    return own.applied_to(reached)
 
 
 def _propagate(

@@ -95,10 +95,14 @@ class Unit(Granularity):
 
     Example:
         >>> fp.score(model, loader, granularity=fp.Unit(group_size=32))    # 32 neighbouring units a piece
+        >>> fp.score(resnet, loader, granularity=fp.Unit(coupled=True))    # as they can be removed
 
     Args:
         group_size: how many neighbouring units are one piece; scores are ``[ceil(out / group_size)]``.
         norm: whether the batch-norm channel goes with the unit.
+        coupled: whether unit i of all layers whose outputs a residual sum adds up is one piece, scored by
+            one joint mask and kept or pruned in all of them; each of the layers gets the same scores. The
+            sums are found by running a traced model on the first batch of the loader.
 
     Raises:
         ValueError: ``group_size`` is below 1.
@@ -107,6 +111,7 @@ class Unit(Granularity):
 
     group_size: int = 1
     norm: bool = True
+    coupled: bool = False
 
     def __post_init__(self) -> None:
         check_count(self.group_size, "group_size")

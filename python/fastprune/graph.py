@@ -43,7 +43,7 @@ class TracedModel:
     Example:
         >>> traced = TracedModel.trace(model)
         >>> values = traced.run(batch)
-        >>> logits = run_changed(traced, values, traced.single_call(model.layer1), masked_output)
+        >>> logits = run_changed(traced, values, {traced.single_call(model.layer1): masked_output})
 
     """
 
@@ -55,7 +55,7 @@ class TracedModel:
         self.node_ops: dict[fx.Node, Any] = {}  # filled by node_ops.py
         self._constants = constants or {}
         self._modules = dict(model.named_modules(remove_duplicate=False))
-        self._suffixes: dict[fx.Node, list[fx.Node]] = {}
+        self._suffixes: dict[tuple[fx.Node, ...], list[fx.Node]] = {}
         self._uses: dict[fx.Node, set[int]] = {}
 
     @classmethod
@@ -162,17 +162,17 @@ class TracedModel:
                     values[node] = self.evaluate(node, values.__getitem__)
         return values
 
-    def suffix(self, start: fx.Node) -> list[fx.Node]:
-        """Return the nodes that depend on one, in the order they run."""
-        if start not in self._suffixes:
-            dependent = {start}
+    def suffix(self, *starts: fx.Node) -> list[fx.Node]:
+        """Return the nodes that depend on one of some, in the order they run."""
+        if starts not in self._suffixes:
+            dependent = set(starts)
             suffix = []
             for node in self.nodes:
                 if any(source in dependent for source in node.all_input_nodes):
                     dependent.add(node)
                     suffix.append(node)
-            self._suffixes[start] = suffix
-        return self._suffixes[start]
+            self._suffixes[starts] = suffix
+        return self._suffixes[starts]
 
     def only_consumer(self, node: fx.Node) -> fx.Node | None:
         """Return the one node that uses a node's value, as its first argument, or None."""

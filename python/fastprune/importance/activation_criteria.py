@@ -95,6 +95,10 @@ class Activation(Criterion):
         """Return "max" for the largest activation, "mean" for the others."""
         return "max" if self.statistic == "max" else "mean"
 
+    def join(self, means: Tensor) -> Tensor:
+        """Return the largest activation of the layers, or their mean."""
+        return means.amax(0) if self.statistic == "max" else means.mean(0)
+
     def means(self, calibration: Calibration) -> dict[str, Tensor]:
         """Return the statistic of each piece."""
         traced = calibration.traced

@@ -13,6 +13,7 @@ from torch.nn.utils import parametrize
 from tqdm.auto import tqdm
 
 from ..batches import Batch, Loss, OutputTransform, read_logits
+from ..coupling import Coupled
 from ..granularity import Granularity, Layer, ParameterTensor, is_scorable, weight_of
 from ..graph import TracedModel
 from ..masks import piece_mask_of
@@ -77,6 +78,7 @@ class Calibration:
         layers: name to what is scored: layers, modules, or the owners of parameters.
         granularities: name to the granularity with what the layer adds to it.
         norms: layer name to the name of the batch norm whose channels go with its units.
+        coupled: groups of layers whose units are masked together; the scores of a group are joined.
         traced: the model as a graph, where a criterion asked for it and torch.fx can trace it, or None.
         num_samples: samples that the last pass over ``batches()`` read.
         loss_sum: losses that ``loss`` and ``gradients`` have summed in that pass.
@@ -92,6 +94,7 @@ class Calibration:
         granularities: Mapping[str, Granularity],
         *,
         norms: Mapping[str, str],
+        coupled: Coupled,
         traced: TracedModel | None,
         loss: Loss,
         output_transform: OutputTransform | None,
@@ -103,6 +106,7 @@ class Calibration:
         self.layers = dict(layers)
         self.granularities = dict(granularities)
         self.norms = dict(norms)
+        self.coupled = coupled
         self.traced = traced
         self.num_samples = 0
         self.loss_sum = 0.0

@@ -60,6 +60,13 @@ class Criterion(abc.ABC):
         """Return how scores of two shards become those of both."""
         return "never"
 
+    def join(self, means: Tensor) -> Tensor:
+        """Return the means of units that are masked together, from those of each layer, ``[layers, units]``.
+
+        Their sum here, since most criteria sum over the weights of a piece.
+        """
+        return means.sum(0)
+
     def check_granularity(self, granularity: Granularity) -> None:
         """Raise ValueError for pieces that the criterion has no score for."""
         if isinstance(granularity, self.refuses):
@@ -114,10 +121,14 @@ def evaluate(criterion: UserCriterion, calibration: Calibration) -> Findings:
     name = name_of(criterion)
     if not isinstance(criterion, Criterion):
         scores = _checked(name, criterion(calibration), calibration)
+        scores = _joined(scores, calibration, lambda layers: layers.sum(0))
         return Findings(scores, num_samples=calibration.num_samples, loss=_mean_loss(calibration))
-    means = _checked(name, criterion.means(calibration), calibration)
+    means = _joined(_checked(name, criterion.means(calibration), calibration), calibration, criterion.join)
     merging = criterion.merging(next(iter(calibration.granularities.values())))
     scores = {layer: finish(merging, values) for layer, values in means.items()}
+    weights = [{calibration.weights.get(member) for member in group} for group in calibration.coupled]
+    if any(len(over) > 1 for over in weights):
+        merging = "never"  # what is joined is not over the same samples or activations
     return Findings(
         scores,
         merging=merging,
@@ -126,6 +137,16 @@ def evaluate(criterion: UserCriterion, calibration: Calibration) -> Findings:
         loss=_mean_loss(calibration),
         num_samples=calibration.num_samples,
     )
+
+
+def _joined(
+    means: dict[str, Tensor], calibration: Calibration, join: Callable[[Tensor], Tensor]
+) -> dict[str, Tensor]:
+    """The means of layers whose units are one piece, joined, for each of them."""
+    for group in calibration.coupled:
+        joint = join(torch.stack([means[name] for name in group]))
+        means |= {name: joint.clone() for name in group}
+    return means
 
 
 def _mean_loss(calibration: Calibration) -> float | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from typing import ClassVar
 
@@ -45,6 +46,10 @@ class Gradient(Criterion):
     magnitude of a weight's gradient tells which connections to grow; its norm for larger pieces.
 
     """
+
+    def join(self, means: Tensor) -> Tensor:
+        """Return the norm over all layers."""
+        return torch.linalg.vector_norm(means, dim=0)
 
     def means(self, calibration: Calibration) -> dict[str, Tensor]:
         """Return the norms."""
@@ -168,17 +173,30 @@ class GradientChange(Criterion):
         if not isinstance(granularity, ParameterTensor):
             super().check_granularity(granularity)
 
+    def join(self, means: Tensor) -> Tensor:
+        """Return what the first layer was given: units of all layers were masked together."""
+        return means[0]
+
     def means(self, calibration: Calibration) -> dict[str, Tensor]:
         """Return the norms."""
         batches = list(calibration.batches())
         original = _flat_gradient(calibration, batches)
         loss, weight = calibration.loss_sum, calibration.check_weight()
         norms = calibration.zeros()
-        pieces = [(name, index) for name, layer in norms.items() for index in range(layer.numel())]
+        others = {first: rest for first, *rest in calibration.coupled}
+        followers = {name for rest in others.values() for name in rest}
+        pieces = [
+            (name, index)
+            for name, layer in norms.items()
+            for index in range(layer.numel())
+            if name not in followers
+        ]
         for name, index in calibration.progress(pieces, "piece"):
             keep = torch.ones(norms[name].shape, dtype=torch.bool, device=norms[name].device)
             keep.view(-1)[index] = False
-            with calibration.masked(name, keep):
+            with contextlib.ExitStack() as masks:
+                for member in (name, *others.get(name, ())):
+                    masks.enter_context(calibration.masked(member, keep))
                 changed = _flat_gradient(calibration, batches)
             norms[name].view(-1)[index] = (changed - original).norm() / weight
         calibration.loss_sum, calibration.total_weight = loss, weight

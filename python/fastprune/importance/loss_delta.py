@@ -18,6 +18,7 @@ from torch import Tensor, fx, nn
 
 from ..batches import Batch, Loss, OutputTransform, read_logits
 from ..channel_changes import run_changed
+from ..coupling import Coupled
 from ..granularity import Block, Element, Granularity, is_scorable, weight_from_taps, weight_of
 from ..graph import TracedModel
 from ..layers import has_forward_hooks, is_plain
@@ -38,15 +39,16 @@ def _ignore(count: int) -> None:
 
 
 class _Call(NamedTuple):
-    """One layer in one traced batch: its node, what it computes, and the node whose channels a masked
-    unit sets to zero: the layer's own, or that of the batch norm after it.
+    """One layer in one traced batch: its node and what it computes; and for this layer and those that are
+    coupled to it, the node whose channels a masked unit sets to zero (the layer's own, or that of the batch
+    norm after it) and what the layer computes.
     """  # noqa: D205
 
     traced: TracedModel
     values: Values
     node: fx.Node
     op: NodeOp
-    start: fx.Node
+    units: tuple[tuple[fx.Node, NodeOp], ...]
 
 
 class LossDeltas:
@@ -60,6 +62,7 @@ class LossDeltas:
         output_transform: picks the logits out of the output, or None.
         traces: the model's traces.
         norms: layer name to the name of the batch norm whose channels go with units.
+        coupled: groups of layers whose units are masked together.
         memory_budget: bytes that the values of a traced model and what is computed from them may take.
 
     """
@@ -73,6 +76,7 @@ class LossDeltas:
         output_transform: OutputTransform | None,
         traces: Traces,
         norms: dict[str, str],
+        coupled: Coupled,
         memory_budget: int,
     ) -> None:
         self.model = model
@@ -82,6 +86,8 @@ class LossDeltas:
         self.output_transform = output_transform
         self.traces = traces
         self.norms = norms
+        # The first layer of a group is scored, for all of them.
+        self.coupled = {first: others for first, *others in coupled}
         self.memory_budget = memory_budget
         self.advance: Advance = _ignore
         # An element is a block of one; its scores are put back into the weight's shape at the end.
@@ -89,9 +95,11 @@ class LossDeltas:
             name: Block(1, 1) if isinstance(granularity, Element) else granularity
             for name, granularity in granularities.items()
         }
+        followers = {name for others in self.coupled.values() for name in others}
         self.sums = {
             name: torch.zeros(self.pieces[name].shape(self._shape(name)).numel(), dtype=torch.float64)
             for name in layers
+            if name not in followers
         }
         self.samples_at_once: int | None = None
         self.num_batches = 0
@@ -144,7 +152,7 @@ class LossDeltas:
             raise ValueError(f"the loss is NaN or inf in batch {self.num_batches} of `loader`{where}")
         self.loss_sum += float(losses.sum())
         self.total_weight += weight
-        for name in self.layers:
+        for name in self.sums:
             call = None if values is None else self._call(traced, values, name)  # type: ignore[arg-type]
             deltas = None if call is None else self._fused(name, call, batch, logits)
             if deltas is None:
@@ -173,8 +181,9 @@ class LossDeltas:
             layer = (sums / self.total_weight).view(self.pieces[name].shape(shape))
             if isinstance(self.granularities[name], Element):
                 layer = weight_from_taps(layer.view(shape[0], -1, shape[1]), shape).contiguous()
-            scores[name] = layer
-        return scores
+            for member in (name, *self.coupled.get(name, ())):
+                scores[member] = layer.clone()
+        return {name: scores[name] for name in self.layers}
 
     def _shape(self, name: str) -> torch.Size:
         return weight_shape_of(self.layers[name], self.granularities[name], name)
@@ -190,25 +199,36 @@ class LossDeltas:
         return ""
 
     def _call(self, traced: TracedModel, values: Values, name: str) -> _Call | None:
-        """The only use of a layer, if the layer computes what torch's own would."""
-        module, norm = self.layers[name], self._norm_of(name)
-        if not is_plain(module) or (norm is not None and has_forward_hooks(norm)):
-            return None
-        node = traced.single_call(module)
-        op = None if node is None else node_op(traced, node)
-        if node is None or op is None:
-            return None
-        norm_node = None if norm is None else traced.batch_norm_of(node)
-        return _Call(traced, values, node, op, norm_node or node)
+        """The only use of a layer, if it, and what is coupled to it, computes what torch's own would."""
+        units = []
+        for member in (name, *self.coupled.get(name, ())):
+            module, norm = self.layers[member], self._norm_of(member)
+            if not is_plain(module) or (norm is not None and has_forward_hooks(norm)):
+                return None
+            node = traced.single_call(module)
+            op = None if node is None else node_op(traced, node)
+            if node is None or op is None:
+                return None
+            norm_node = None if norm is None else traced.batch_norm_of(node)
+            units.append((node, norm_node or node, op))
+        (first, _, op), *_ = units
+        return _Call(traced, values, first, op, tuple((start, op) for _, start, op in units))
 
     def _norm_of(self, name: str) -> nn.Module | None:
         return self.model.get_submodule(self.norms[name]) if name in self.norms else None
+
+    def _masked_with(self, name: str) -> list[nn.Module]:
+        """Modules whose channels go with the units of a layer."""
+        others = self.coupled.get(name, ())
+        norms = [self._norm_of(member) for member in (name, *others)]
+        return [*(self.layers[other] for other in others), *(norm for norm in norms if norm is not None)]
 
     def _fused(self, name: str, call: _Call, batch: Batch, logits: Tensor) -> Tensor | None:
         """Deltas by one kernel, or None where there is none."""
         targets = batch.targets
         if (
-            not self.loss.is_plain_cross_entropy
+            len(call.units) > 1
+            or not self.loss.is_plain_cross_entropy
             or self.output_transform is not None
             or not isinstance(targets, Tensor)
             or targets.dtype != torch.int64
@@ -222,7 +242,7 @@ class LossDeltas:
         return fused_deltas(
             call.traced,
             call.values,
-            call.start,
+            call.units[0][0],
             call.node,
             self.pieces[name],
             torch.where(kept, targets, 0),
@@ -238,7 +258,7 @@ class LossDeltas:
                 name,
                 self.layers[name],
                 self.pieces[name],
-                self._norm_of(name),
+                self._masked_with(name),
             )
         deltas = torch.zeros_like(self.sums[name])
         with contextlib.closing(outputs):  # what is masked comes back at once, also on an error
@@ -256,7 +276,7 @@ def _masked_suffixes(call: _Call, pieces: Granularity) -> Generator[Any, None, N
     """The model's output for each piece masked, None where masking changes nothing; or None where the
     layer's pieces are not changes of its output.
     """  # noqa: D205
-    changes = piece_changes(call.node, call.op, pieces, call.start, call.values)
+    changes = piece_changes(call.node, call.op, pieces, call.units, call.values)
     if changes is None:
         return None
-    return (None if change is None else run_changed(call.traced, call.values, *change) for change in changes)
+    return (None if change is None else run_changed(call.traced, call.values, change) for change in changes)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -20,7 +20,7 @@ def masked_forwards(
     name: str,
     module: nn.Module,
     pieces: Granularity,
-    norm: nn.Module | None,
+    also: Sequence[nn.Module] = (),
 ) -> Generator[Any, None, None]:
     """Yield the model's output with each piece masked, in order; None for a piece that is zero already.
 
@@ -29,7 +29,8 @@ def masked_forwards(
         name: the layer's name, or the parameter's where it is the piece.
         module: the layer, or the parameter's owner.
         pieces: the granularity, with what the layer adds to it.
-        norm: the batch norm whose channels go with whole units, or None.
+        also: modules whose channels go with the layer's whole units: its batch norm, and the layers that
+            are coupled to it with theirs.
 
     """
     if isinstance(pieces, ParameterTensor):
@@ -41,12 +42,11 @@ def masked_forwards(
         with _without(module):
             yield forward()
     elif isinstance(pieces, Unit):
-        owners = [module] if norm is None else [module, norm]
         out = len(weight_of(module))
         for index in range(pieces.shape(weight_of(module).shape).numel()):
             units = slice(index * pieces.group_size, min((index + 1) * pieces.group_size, out))
             masked = []
-            for owner in owners:
+            for owner in (module, *also):
                 for parameter in ("weight", "bias"):
                     tensor = getattr(owner, parameter)
                     if tensor is not None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -21,20 +21,25 @@ _MASKED_BYTES = 4 << 20
 _MOST_COLUMNS = 128
 
 Values = dict[fx.Node, Any]
-Start = tuple[fx.Node, Change]
-"""The node whose value a mask changes, and its new value."""
+Masked = dict[fx.Node, Change]
+"""The nodes whose values a mask changes, and what it makes of them."""
 
 
 def piece_changes(
-    node: fx.Node, op: NodeOp, pieces: Granularity, start: fx.Node, values: Values
-) -> Iterator[Start | None] | None:
+    node: fx.Node,
+    op: NodeOp,
+    pieces: Granularity,
+    units: Sequence[tuple[fx.Node, NodeOp]],
+    values: Values,
+) -> Iterator[Masked | None] | None:
     """Yield what masking each piece changes, in order; None for a piece that changes nothing.
 
     Args:
         node: the call of a Linear or Conv2d.
         op: what it computes.
         pieces: the granularity, with what the layer adds to it.
-        start: the node whose channels a masked unit sets to zero: the layer's, or the batch norm's after it.
+        units: of this layer, and of those whose units are masked with its own, the node whose channels a
+            masked unit sets to zero (the layer's, or the batch norm's after it) and what the layer computes.
         values: the value of every node.
 
     Returns:
@@ -46,10 +51,9 @@ def piece_changes(
     if isinstance(op, ConvOp) and source.dim() != 4:
         return None
     if isinstance(pieces, Unit):
-        channel_dim = 1 if isinstance(op, ConvOp) else output.dim() - 1
-        return _units(start, pieces, pieces.shape(weight.shape).numel(), channel_dim, values[start])
+        return _units(units, pieces, values)
     if type(pieces) is Layer:
-        return iter([(node, source if source.shape == output.shape else torch.zeros_like(output))])
+        return iter([{node: source if source.shape == output.shape else torch.zeros_like(output)}])
     if isinstance(pieces, (InputUnit, Head)):
         return _columns(node, op, weight, pieces.shape(weight.shape).numel(), source, output)
     if not isinstance(pieces, Block):
@@ -60,20 +64,25 @@ def piece_changes(
     return _linear_blocks(node, weight, pieces, source, output)
 
 
-def _units(
-    start: fx.Node, pieces: Unit, count: int, channel_dim: int, value: Tensor
-) -> Iterator[Start | None]:
-    for index in range(count):
-        begin = index * pieces.group_size
-        end = min(begin + pieces.group_size, value.shape[channel_dim])
-        channels = value.narrow(channel_dim, begin, end - begin)
-        masked = bool(channels.any())
-        yield (start, ChannelChange(channel_dim, begin, end, torch.zeros_like(channels))) if masked else None
+def _units(layers: Sequence[tuple[fx.Node, NodeOp]], pieces: Unit, values: Values) -> Iterator[Masked | None]:
+    dims = {start: 1 if isinstance(op, ConvOp) else values[start].dim() - 1 for start, op in layers}
+    start, dim = next(iter(dims.items()))
+    out = values[start].shape[dim]
+    for begin in range(0, out, pieces.group_size):
+        size = min(pieces.group_size, out - begin)
+        channels = {start: values[start].narrow(dim, begin, size) for start, dim in dims.items()}
+        if any(bool(value.any()) for value in channels.values()):
+            yield {
+                start: ChannelChange(dims[start], begin, begin + size, torch.zeros_like(value))
+                for start, value in channels.items()
+            }
+        else:
+            yield None
 
 
 def _columns(
     node: fx.Node, op: NodeOp, weight: Tensor, pieces: int, source: Tensor, output: Tensor
-) -> Iterator[Start | None]:
+) -> Iterator[Masked | None]:
     """Input units and heads: some inputs of all outputs, or of those of one group."""
     if not isinstance(op, ConvOp):
         yield from _linear_columns(node, weight, pieces, source, output)
@@ -85,14 +94,14 @@ def _columns(
         part = weight[rows, column : column + 1]
         if bool(part.any()):
             product = op.convolve(source[:, channel : channel + 1], part, None, 1)
-            yield node, ChannelChange(1, rows.start, rows.stop, output[:, rows] - product)
+            yield {node: ChannelChange(1, rows.start, rows.stop, output[:, rows] - product)}
         else:
             yield None
 
 
 def _linear_columns(
     node: fx.Node, weight: Tensor, pieces: int, source: Tensor, output: Tensor
-) -> Iterator[Start | None]:
+) -> Iterator[Masked | None]:
     """Several masks at a time: the kernel reads the output once for each, and writes it once."""
     size, features = weight.shape[1] // pieces, len(weight)
     bounds = [(0, features, index * size, (index + 1) * size) for index in range(pieces)]
@@ -110,7 +119,7 @@ def _linear_columns(
         else:
             masked = ops.ablate_linear(outputs, inputs, weight, torch.tensor(chunk, dtype=torch.int32))
         for index, whole in enumerate(masked):
-            yield (node, whole.view(output.shape)) if nonzero[index] else None
+            yield {node: whole.view(output.shape)} if nonzero[index] else None
 
 
 def rectangles(block: Block, weight_shape: torch.Size) -> list[tuple[int, int, int, int]]:
@@ -125,20 +134,20 @@ def rectangles(block: Block, weight_shape: torch.Size) -> list[tuple[int, int, i
 
 def _linear_blocks(
     node: fx.Node, weight: Tensor, block: Block, source: Tensor, output: Tensor
-) -> Iterator[Start | None]:
+) -> Iterator[Masked | None]:
     dim = output.dim() - 1
     for row, row_end, col, col_end in rectangles(block, weight.shape):
         part = weight[row:row_end, col:col_end]
         if bool(part.any()):
             masked = add_product(output[..., row:row_end], source[..., col:col_end], part, scale=-1)
-            yield node, ChannelChange(dim, row, row_end, masked)
+            yield {node: ChannelChange(dim, row, row_end, masked)}
         else:
             yield None
 
 
 def _conv_blocks(
     node: fx.Node, op: ConvOp, weight: Tensor, block: Block, values: Values
-) -> Iterator[Start | None]:
+) -> Iterator[Masked | None]:
     """Blocks of one kernel tap: a 1x1 convolution of the inputs that this tap sees."""
     out, inputs, height, width = weight.shape
     output, taps = values[node], weight_as_taps(weight)
@@ -156,14 +165,14 @@ def _conv_blocks(
                 part = taps[rows, tap, columns]
                 if bool(part.any()):
                     product = F.conv2d(seen[:, columns], part[..., None, None])
-                    yield node, ChannelChange(1, rows.start, rows.stop, output[:, rows] - product)
+                    yield {node: ChannelChange(1, rows.start, rows.stop, output[:, rows] - product)}
                 else:
                     yield None
 
 
 def _grouped_blocks(
     node: fx.Node, op: ConvOp, weight: Tensor, block: Block, values: Values
-) -> Iterator[Start | None]:
+) -> Iterator[Masked | None]:
     """Blocks of a grouped convolution, which runs again with the masked weight: its own channels alone
     where each is a group.
     """  # noqa: D205
@@ -181,9 +190,9 @@ def _grouped_blocks(
             rows = slice(begin, min(begin + block.rows, len(weight)))
             part = None if bias is None else bias[rows]
             value = op.convolve(source[:, rows], masked[rows], part, rows.stop - rows.start)
-            yield node, ChannelChange(1, rows.start, rows.stop, value)
+            yield {node: ChannelChange(1, rows.start, rows.stop, value)}
         else:
-            yield node, op.convolve(source, masked, bias, op.groups)
+            yield {node: op.convolve(source, masked, bias, op.groups)}
 
 
 def _pair(value: Any) -> tuple[int, int]:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from ..coupling import Coupled
 from ..granularity import Granularity
 from ..masks import Budget, Masks, check_scope, check_sparsity, select_pieces
 from .criterion import Merging, finish
@@ -40,6 +41,7 @@ class ImportanceScores(Mapping[str, Tensor]):
         num_samples: samples that were read.
         pruned: layer name to bool tensor, True for pieces that were masked already when scored. They
             are selected before all others, so that a pruned piece stays pruned in later rounds.
+        coupled: groups of layers whose units are kept or pruned together, and have the same scores.
         merging: how scores of two shards of the data become those of both, see :class:`Criterion`.
         means: layer name to the means that the scores are made of, None where they are means themselves.
         weights: layer name to what its means are over: samples, targets or activations.
@@ -61,6 +63,7 @@ class ImportanceScores(Mapping[str, Tensor]):
         loss: float | None,
         num_samples: int,
         granularities: Mapping[str, Granularity] | None = None,
+        coupled: Coupled = (),
         merging: Merging = "never",
         means: Mapping[str, Tensor] | None = None,
         weights: Mapping[str, float] | None = None,
@@ -81,6 +84,7 @@ class ImportanceScores(Mapping[str, Tensor]):
         self.norms = dict(norms)
         self.weight_uses = None if weight_uses is None else dict(weight_uses)
         self.element_sizes = dict(element_sizes)
+        self.coupled = tuple(tuple(group) for group in coupled)
         self.merging = merging
         self.means = None if means is None else dict(means)
         self.weights = dict(weights or {})
@@ -157,9 +161,15 @@ class ImportanceScores(Mapping[str, Tensor]):
             name: torch.where(self.pruned[name], -torch.inf, layer) if name in self.pruned else layer
             for name, layer in self._scores.items()
         }
-        masks = select_pieces(
-            ranked, self._costs(cost), removable=removable, threshold=threshold, scope=scope
-        )
+        costs = self._costs(cost)
+        for first, *others in self.coupled:
+            # One piece for all of them, which is pruned already where it is in each.
+            ranked[first] = torch.stack([ranked.pop(name) for name in (first, *others)]).amax(0)
+            costs[first] = costs[first] + sum(costs.pop(name) for name in others)
+        masks = select_pieces(ranked, costs, removable=removable, threshold=threshold, scope=scope)
+        for first, *others in self.coupled:
+            masks |= {name: masks[first].clone() for name in others}
+        masks = {name: masks[name] for name in self}
         emptied = [name for name, mask in masks.items() if mask.numel() and not bool(mask.any())]
         if emptied:
             warnings.warn(
@@ -191,7 +201,7 @@ class ImportanceScores(Mapping[str, Tensor]):
             key: getattr(self, key)
             for key in (
                 "granularity", "granularities", "criterion", "weight_shapes", "pruned", "norms",
-                "weight_uses", "element_sizes", "loss", "num_samples", "merging",
+                "weight_uses", "element_sizes", "loss", "num_samples", "coupled", "merging",
                 "means", "weights", "digest",
             )
         }  # fmt: skip
@@ -247,7 +257,7 @@ class ImportanceScores(Mapping[str, Tensor]):
                 f"scores of criterion '{self.criterion}' cannot be merged: those of all the data are "
                 "not made of those of its parts"
             )
-        for fact in ("criterion", "merging", "granularities", "weight_shapes", "norms"):
+        for fact in ("criterion", "merging", "granularities", "weight_shapes", "norms", "coupled"):
             if getattr(self, fact) != getattr(other, fact):
                 raise ValueError(
                     f"`other` must have the same {fact}, {getattr(self, fact)}, got {getattr(other, fact)}"

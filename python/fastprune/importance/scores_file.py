@@ -129,10 +129,16 @@ def _checked(
             continue
         _expect(set(entries) <= set(layers), key)
         _expect(all(isinstance(value, kind) for value in entries.values()), key)
+    facts["coupled"] = tuple(tuple(group) for group in manifest["coupled"])
+    members = [name for group in facts["coupled"] for name in group]
+    _expect(len(set(members)) == len(members) and set(members) <= set(layers), "coupled")
     facts["granularity"] = granularity_from_json(manifest["granularity"])
     facts["granularities"] = {name: granularity_from_json(manifest["granularities"][name]) for name in layers}
     facts["weight_shapes"] = {name: torch.Size(manifest["weight_shapes"][name]) for name in layers}
     _expect(set(facts["element_sizes"]) == set(layers), "element_sizes")
+    for group in facts["coupled"]:
+        shapes = {facts["granularities"][name].shape(facts["weight_shapes"][name]) for name in group}
+        _expect(len(group) > 1 and len(shapes) == 1, "coupled")
     found: dict[str, dict[str, Tensor]] = {kind: {} for kind in _TENSORS}
     for key, tensor in tensors.items():
         group, _, name = key.partition("/")

@@ -23,12 +23,14 @@ from ..batches import (
     model_device,
     read_logits,
 )
+from ..coupling import Coupled, coupled_layers
 from ..files import state_digest
 from ..granularity import (
     Block,
     Granularity,
     Layer,
     ParameterTensor,
+    Unit,
     check_count,
     check_granularity,
     is_scorable,
@@ -120,6 +122,7 @@ def score(
     needs_data = chosen is None or (isinstance(chosen, Criterion) and chosen.needs_data)
     if loader is None and needs_data:
         raise TypeError(f"`loader` must be an iterable of batches for criterion '{criterion}', got None")
+    couples = isinstance(granularity, Unit) and granularity.coupled
     with keep_generators(), EvalMode(model):
         digest = state_digest(model)
         traces = Traces(model, layers.values(), lambda output: read_logits(output, output_transform))
@@ -131,16 +134,17 @@ def score(
         if chosen is None:
             assert probe is not None
             traced = _trace_of(traces, probe)
-        elif granularity.masks_norms or getattr(chosen, "needs_trace", False):
+        elif granularity.masks_norms or couples or getattr(chosen, "needs_trace", False):
             traced = TracedModel.trace(model)
         norms = find_norms(model, layers, traced) if granularity.masks_norms else {}
         if first is not None:
             norms = fitting_norms(norms, layers, first)
+        coupled = _coupled(traced, probe, layers) if couples else ()
         shapes = {name: weight_shape_of(module, granularities[name], name) for name, module in layers.items()}
         if chosen is None:
             assert loader is not None
             deltas = LossDeltas(
-                model, layers, granularities, loss, output_transform, traces, norms, memory_budget
+                model, layers, granularities, loss, output_transform, traces, norms, coupled, memory_budget
             )
             found = _loss_deltas(deltas, source, progress)
         else:
@@ -149,6 +153,7 @@ def score(
                 layers,
                 granularities,
                 norms=norms,
+                coupled=coupled,
                 traced=traced,
                 loss=loss,
                 output_transform=output_transform,
@@ -166,6 +171,7 @@ def score(
             weight_shapes=shapes,
             pruned=_pruned(layers, granularities),
             norms=norms,
+            coupled=coupled,
             weight_uses=None if first is None else first.weight_uses,
             element_sizes={
                 name: _element_size(name, module, granularities[name]) for name, module in layers.items()
@@ -177,6 +183,24 @@ def score(
             weights=found.weights,
             digest=digest,
         )
+
+
+@torch.no_grad()
+def _coupled(traced: TracedModel | None, batch: Batch | None, layers: dict[str, nn.Module]) -> Coupled:
+    """Layers whose units are one piece; a warning, and none, where the model cannot be traced."""
+    if batch is None:
+        raise TypeError(
+            "`loader` must be an iterable of batches for fp.Unit(coupled=True), got None: the model runs on "
+            "the first batch to find its sums"
+        )
+    if traced is None:
+        warnings.warn(
+            "fastprune: the model cannot be traced, so no sums are found and the units of each layer are "
+            "scored by themselves",
+            stacklevel=4,
+        )
+        return ()
+    return coupled_layers(traced, traced.run(batch), layers)
 
 
 def _chosen(criterion: object) -> UserCriterion | None:

@@ -47,6 +47,10 @@ class Magnitude(Criterion):
         """Return "same": the data plays no part."""
         return "same"
 
+    def join(self, means: Tensor) -> Tensor:
+        """Return the norm over all layers."""
+        return torch.linalg.vector_norm(means, self.p, dim=0)
+
     def means(self, calibration: Calibration) -> dict[str, Tensor]:
         """Return the norms."""
         return {name: self._norm(calibration, name) for name in calibration.layers}
@@ -97,6 +101,10 @@ class Random(Criterion):
     def merging(self, granularity: Granularity) -> Merging:
         """Return "same": the data plays no part."""
         return "same"
+
+    def join(self, means: Tensor) -> Tensor:
+        """Return the numbers of the first layer: a sum would no longer be uniform."""
+        return means[0]
 
     def means(self, calibration: Calibration) -> dict[str, Tensor]:
         """Return the random numbers, drawn layer by layer."""
