@@ -78,11 +78,17 @@ class ExportedModel(TracedModel):
                 values[node] = self.evaluate(node, values.__getitem__)
             elif node.name in inputs:
                 values[node] = inputs[node.name]
-            elif node.name in self._tensors:
-                values[node] = self._tensors[node.name]
             else:
-                values[node] = self._attribute(self._lifted[node.name])
+                values[node] = self._tensor_of(node)
         return values
+
+    def _reads_tensor(self, node: fx.Node) -> bool:
+        return node.op == "placeholder" and (node.name in self._tensors or node.name in self._lifted)
+
+    def _tensor_of(self, node: fx.Node) -> Any:
+        if node.name in self._tensors:
+            return self._tensors[node.name]
+        return self._attribute(self._lifted[node.name])
 
     def evaluate(self, node: fx.Node, value_of: Any) -> Any:
         """Return the value of a node; the output has the structure of the model's."""

@@ -12,7 +12,7 @@ import operator
 import warnings
 import weakref
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -29,6 +29,15 @@ _IN_PLACE_OPERATORS = {
     operator.iand: operator.and_,
     operator.ior: operator.or_,
 }
+
+
+class Replacement(Protocol):
+    """A function that gives a node's value from that of its only input."""
+
+    input: fx.Node
+
+    def __call__(self, input: Tensor) -> Tensor:
+        """Return the node's value."""
 
 
 class _Tracer(fx.Tracer):
@@ -53,6 +62,8 @@ class TracedModel:
         self.nodes = list(graph.nodes)
         self.output_node = self.nodes[-1]
         self.node_ops: dict[fx.Node, Any] = {}  # filled by node_ops.py
+        # Faster functions of a node's input, for as long as the model's weights stay as they are.
+        self.replacements: dict[fx.Node, Replacement] = {}
         self._constants = constants or {}
         self._modules = dict(model.named_modules(remove_duplicate=False))
         self._suffixes: dict[tuple[fx.Node, ...], list[fx.Node]] = {}
@@ -133,6 +144,9 @@ class TracedModel:
 
     def evaluate(self, node: fx.Node, value_of: Callable[[fx.Node], Any]) -> Any:
         """Return the value of a node, given a function that returns those of its inputs."""
+        if node in self.replacements:
+            replacement = self.replacements[node]
+            return replacement(value_of(replacement.input))
         args, kwargs = fx.node.map_arg((node.args, node.kwargs), value_of)
         if node.op == "call_module":
             return self._modules[str(node.target)](*args, **kwargs)
@@ -161,6 +175,23 @@ class TracedModel:
                 else:
                     values[node] = self.evaluate(node, values.__getitem__)
         return values
+
+    def constants(self) -> dict[fx.Node, Any]:
+        """Return the values of the nodes that depend on the model's tensors alone."""
+        values: dict[fx.Node, Any] = {}
+        for node in self.nodes[:-1]:
+            sources = node.all_input_nodes
+            if self._reads_tensor(node):
+                values[node] = self._tensor_of(node)
+            elif sources and node.op != "call_module" and all(source in values for source in sources):
+                values[node] = self.evaluate(node, values.__getitem__)
+        return values
+
+    def _reads_tensor(self, node: fx.Node) -> bool:
+        return node.op == "get_attr"
+
+    def _tensor_of(self, node: fx.Node) -> Any:
+        return self._attribute(str(node.target))
 
     def suffix(self, *starts: fx.Node) -> list[fx.Node]:
         """Return the nodes that depend on one of some, in the order they run."""

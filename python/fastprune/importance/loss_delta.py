@@ -28,6 +28,7 @@ from .calibration import weight_shape_of
 from .chunks import PROBE_SAMPLES, samples_at_once
 from .fused import fused_deltas
 from .masked_forwards import masked_forwards
+from .packed_linears import PackedLinears
 from .piece_changes import piece_changes
 
 Advance = Callable[[int], None]
@@ -101,6 +102,8 @@ class LossDeltas:
             for name in layers
             if name not in followers
         }
+        self.packed = PackedLinears(memory_budget)
+        self._sped_up: set[TracedModel] = set()
         self.samples_at_once: int | None = None
         self.num_batches = 0
         self.loss_sum = 0.0
@@ -127,10 +130,18 @@ class LossDeltas:
             self._add(part, last=False)
         self._add(last, last=True)
 
+    def _trace_of(self, batch: Batch) -> TracedModel | None:
+        """The trace for a batch, made faster the first time that it is asked for."""
+        traced = self.traces.of(batch)
+        if traced is not None and traced not in self._sped_up:
+            self.packed.speed_up(traced)
+            self._sped_up.add(traced)
+        return traced
+
     def _samples_at_once(self, batch: Batch) -> int:
         """How many samples are traced at once: all, if the loss wants them together."""
         probe = batch.head(PROBE_SAMPLES)
-        traced = self.traces.of(probe)
+        traced = self._trace_of(probe)
         if traced is None or not self.traces.splits(probe):
             return sys.maxsize
         values = traced.run(probe)
@@ -142,7 +153,7 @@ class LossDeltas:
         return min(count, PROBE_SAMPLES) if self.traces.needs_equal_shapes else count
 
     def _add(self, batch: Batch, last: bool) -> None:
-        traced = self.traces.of(batch)
+        traced = self._trace_of(batch)
         values = None if traced is None else traced.run(batch)
         output = batch.fresh().call(self.model) if values is None else values[traced.output_node]  # type: ignore[union-attr]
         logits = read_logits(output, self.output_transform)

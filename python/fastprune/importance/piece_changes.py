@@ -51,7 +51,7 @@ def piece_changes(
     if isinstance(op, ConvOp) and source.dim() != 4:
         return None
     if isinstance(pieces, Unit):
-        return _units(units, pieces, values)
+        return _units(units, pieces, pieces.shape(weight.shape).numel(), values)
     if type(pieces) is Layer:
         return iter([{node: source if source.shape == output.shape else torch.zeros_like(output)}])
     if isinstance(pieces, (InputUnit, Head)):
@@ -64,11 +64,13 @@ def piece_changes(
     return _linear_blocks(node, weight, pieces, source, output)
 
 
-def _units(layers: Sequence[tuple[fx.Node, NodeOp]], pieces: Unit, values: Values) -> Iterator[Masked | None]:
+def _units(
+    layers: Sequence[tuple[fx.Node, NodeOp]], pieces: Unit, count: int, values: Values
+) -> Iterator[Masked | None]:
     dims = {start: 1 if isinstance(op, ConvOp) else values[start].dim() - 1 for start, op in layers}
     start, dim = next(iter(dims.items()))
     out = values[start].shape[dim]
-    for begin in range(0, out, pieces.group_size):
+    for begin in range(0, count * pieces.group_size, pieces.group_size):
         size = min(pieces.group_size, out - begin)
         channels = {start: values[start].narrow(dim, begin, size) for start, dim in dims.items()}
         if any(bool(value.any()) for value in channels.values()):
