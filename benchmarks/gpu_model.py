@@ -93,9 +93,8 @@ class Problem:
 def bounds(gpu: Gpu, hot: HotLoop, tiling: Tiling, problem: Problem) -> dict[str, float]:
     """Return the seconds that each resource needs at least."""
     warps = tiling.threads // 32
-    thread_blocks = math.ceil(problem.samples / tiling.tile_samples) * math.ceil(
-        problem.out_features / tiling.tile_outputs
-    )
+    output_tiles = math.ceil(problem.out_features / tiling.tile_outputs)
+    thread_blocks = math.ceil(problem.samples / tiling.tile_samples) * output_tiles
     # Of the columns, those in which any of the thread block's block rows keeps a block.
     union = 1 - (1 - problem.density) ** tiling.block_rows
     steps = problem.in_features / tiling.step_columns * union
@@ -128,8 +127,9 @@ def bounds(gpu: Gpu, hot: HotLoop, tiling: Tiling, problem: Problem) -> dict[str
         * STEP_LATENCY
         / (hot.pending + 1),
     }
-    tile_bytes = tiling.step_columns * tiling.itemsize
-    l2_bytes = thread_blocks * steps * tile_bytes * (tiling.tile_samples + tiling.tile_outputs * kept_in_step)
+    # Samples that do not exist are multiplied, but not loaded.
+    rows_loaded = output_tiles * problem.samples + thread_blocks * tiling.tile_outputs * kept_in_step
+    l2_bytes = steps * tiling.step_columns * tiling.itemsize * rows_loaded
     memory_bytes = tiling.itemsize * (
         problem.samples * (problem.in_features + problem.out_features)
         + problem.in_features * problem.out_features * problem.density

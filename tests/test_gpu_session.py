@@ -206,3 +206,33 @@ def test_the_script_goes_through_all_steps(tmp_path: Path, monkeypatch: pytest.M
     assert report["fastprune"]["fastprune"] == fp.build_info()["fastprune"]
     assert "the times mean nothing" in (tmp_path / "benchmark.md").read_text()
     assert len(list(tmp_path.iterdir())) <= 8
+
+
+def result_of(samples: int, blocksize: int, sparsity: float, **seconds: float) -> dict:
+    return {
+        **{"op": "forward", "dtype": "bfloat16", "samples": samples, "out_features": 64, "in_features": 64},
+        **{"blocksize": blocksize, "sparsity": sparsity, "flops": 2e6, "seconds": seconds, "failures": {}},
+    }
+
+
+def test_the_tables_and_the_picture(tmp_path: Path) -> None:
+    gpu_report = importlib.import_module("gpu_report")
+    results = [
+        result_of(4096, 16, 0.5, fastprune=2e-6, dense=3e-6, **{"torch BSR": 1e-6}),
+        result_of(4096, 16, 0.9, fastprune=1e-6, dense=3e-6),
+        result_of(1, 16, 0.9, dense=3e-6),
+    ]
+    results[2]["failures"]["fastprune"] = "wrong: relative error 1"
+    report = {"dry_run": False, "gpu": "a GPU", "torch": "2", "results": results, "left_out": [{}]}
+    lines = gpu_report.markdown(report).splitlines()
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines if line.startswith("| 64x64")]
+    assert rows == [
+        ["64x64", "16", "50%", "4096", "2.0", "3.0", "1.0", "1.50", "0.50", "1.0"],
+        ["64x64", "16", "90%", "1", "-", "3.0", "-", "-", "-", "-"],
+        ["64x64", "16", "90%", "4096", "1.0", "3.0", "-", "3.00", "-", "2.0"],
+    ]
+    assert "- forward, bfloat16: fastprune: wrong: relative error 1" in lines
+    assert lines[-1] == "Left out for lack of time: 1 cases."
+    pytest.importorskip("matplotlib", reason="matplotlib is not installed")
+    assert gpu_report.plot(report, tmp_path / "picture.png") == str(tmp_path / "picture.png")
+    assert (tmp_path / "picture.png").stat().st_size > 10_000

@@ -157,6 +157,9 @@ def test_each_bound_by_hand(model, hot, gpu) -> None:
     assert more["issue"] == pytest.approx(80 * 100 / 4)
     alone = model.bounds(gpu, hot, replace(tiling, resident=1), problem)
     assert alone["latency"] == pytest.approx(2 * found["latency"])
+    # Samples that fill a tile in part are all that is loaded of it.
+    few = model.bounds(gpu, hot, tiling, replace(problem, samples=1))
+    assert few["L2"] == pytest.approx(10 * 5 * 16 * 2 * (1 + 32) / 700)
     # Twice the work in a turn is half the turns; work that warps repeat is added.
     repeated = model.bounds(gpu, hot, replace(tiling, issued_share=2.0), problem)
     assert repeated["shared"] == pytest.approx(2 * found["shared"])
