@@ -96,8 +96,7 @@ def _launch(
         findings.append(f"[fatal] {result.fatal}")
     findings += [f"[unwritten-output] {n} bytes of {name}" for name, n in result.unwritten.items() if n]
     findings += budgets.launch_findings(plan["kernel"], plan["shared_bytes"])
-    if ptx_transform is None:
-        records.launch(plan, arguments, arch, findings)
+    records.launch(plan, arguments, arch, findings)
     return findings
 
 

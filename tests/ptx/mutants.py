@@ -95,7 +95,9 @@ def unnoticed(
     missed, same = [], Counter(list(equivalent))
     for mutant in mutants:
         change = (mutant.kind, mutant.where)
-        if notices(lambda _, ptx=mutant.ptx: ptx):
+        with records.broken_kernel():
+            noticed = notices(lambda _, ptx=mutant.ptx: ptx)
+        if noticed:
             records.mutant(mutant.kernel, "noticed")
         elif same[change] > 0:
             same[change] -= 1

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import numpy as np
@@ -16,8 +17,24 @@ _findings: dict[tuple[str, str], int] = defaultdict(int)
 _mutants: dict[str, dict[str, int]] = defaultdict(lambda: {"made": 0, "noticed": 0, "equivalent": 0})
 
 
+_broken = False
+
+
+@contextlib.contextmanager
+def broken_kernel() -> Iterator[None]:
+    """Leave launches out of the counts: their kernel is broken on purpose."""
+    global _broken
+    _broken = True
+    try:
+        yield
+    finally:
+        _broken = False
+
+
 def launch(plan: dict, arguments: tuple, arch: str, findings: list[str]) -> None:
-    """Count one launch of a kernel that nobody broke; a shape is its grid and its integer arguments."""
+    """Count one launch; a shape is its grid and its integer arguments."""
+    if _broken:
+        return
     key = (plan["kernel"], arch)
     sizes = tuple(int(value) for value in arguments if isinstance(value, np.integer))
     _shapes[key].add((plan["grid"], plan["block"], plan["shared_bytes"], sizes))
