@@ -90,8 +90,10 @@ class Problem:
         return 1 - self.sparsity
 
 
-def bounds(gpu: Gpu, hot: HotLoop, tiling: Tiling, problem: Problem) -> dict[str, float]:
-    """Return the seconds that each resource needs at least."""
+def bounds(
+    gpu: Gpu, hot: HotLoop, tiling: Tiling, problem: Problem, skipping: bool = False
+) -> dict[str, float]:
+    """Return the seconds that each resource needs; ``skipping``: if no branch is ever taken the long way."""
     warps = tiling.threads // 32
     output_tiles = math.ceil(problem.out_features / tiling.tile_outputs)
     thread_blocks = math.ceil(problem.samples / tiling.tile_samples) * output_tiles
@@ -102,11 +104,16 @@ def bounds(gpu: Gpu, hot: HotLoop, tiling: Tiling, problem: Problem) -> dict[str
     issued = tiling.tile_samples * tiling.tile_outputs * tiling.step_columns * tiling.issued_share
     # A loop that was unrolled does several steps in a turn, one within a step less than one.
     turns_per_step = issued / (hot.inner.multiply_adds * warps)
-    turns = thread_blocks * warps * steps * turns_per_step * kept_in_step
     # The multiprocessor with most thread blocks ends last.
     share = math.ceil(thread_blocks / gpu.multiprocessors)
-    per_multiprocessor = turns * share / thread_blocks if thread_blocks else 0.0
-    around = per_multiprocessor / turns_per_step / kept_in_step if kept_in_step else 0.0
+    step_turns = share * warps * steps
+    turns = step_turns * turns_per_step
+    # Of a turn, what multiplies is skipped for blocks that are not kept, the rest is not.
+    inner, around = hot.inner, hot.step
+    instructions = inner.instructions - inner.product_instructions * (1 - kept_in_step)
+    if skipping:
+        instructions -= inner.skippable_instructions
+    shared_bytes = inner.shared_bytes - inner.product_shared_bytes * (1 - kept_in_step)
 
     rate = gpu.multiply_adds * (1.0 if "HGMMA" in hot.inner.kind else gpu.mma_sync_share)
     if "TF32" in hot.inner.kind:
@@ -114,13 +121,9 @@ def bounds(gpu: Gpu, hot: HotLoop, tiling: Tiling, problem: Problem) -> dict[str
     if hot.inner.kind == "FFMA":
         rate = gpu.float_multiply_adds
     clocks = {
-        "float" if hot.inner.kind == "FFMA" else "tensor": per_multiprocessor
-        * hot.inner.multiply_adds
-        / rate,
-        "shared": (per_multiprocessor * hot.inner.shared_bytes + around * hot.step.shared_bytes)
-        / SHARED_BYTES_PER_CLOCK,
-        "issue": (per_multiprocessor * hot.inner.instructions + around * hot.step.instructions)
-        / ISSUE_SLOTS_PER_CLOCK,
+        "float" if inner.kind == "FFMA" else "tensor": turns * kept_in_step * inner.multiply_adds / rate,
+        "shared": (turns * shared_bytes + step_turns * around.shared_bytes) / SHARED_BYTES_PER_CLOCK,
+        "issue": (turns * instructions + step_turns * around.instructions) / ISSUE_SLOTS_PER_CLOCK,
         # Thread blocks of one multiprocessor wait side by side, as many as fit.
         "latency": steps
         * math.ceil(share / max(1, min(tiling.resident, share)))
@@ -140,9 +143,11 @@ def bounds(gpu: Gpu, hot: HotLoop, tiling: Tiling, problem: Problem) -> dict[str
     return seconds
 
 
-def predicted(gpu: Gpu, hot: HotLoop, tiling: Tiling, problem: Problem) -> tuple[float, str]:
+def predicted(
+    gpu: Gpu, hot: HotLoop, tiling: Tiling, problem: Problem, skipping: bool = False
+) -> tuple[float, str]:
     """Return the largest bound in seconds, and its name."""
-    found = bounds(gpu, hot, tiling, problem)
+    found = bounds(gpu, hot, tiling, problem, skipping)
     name = max(found, key=lambda key: found[key])
     return found[name], name
 

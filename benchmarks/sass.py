@@ -9,11 +9,12 @@ import shutil
 import subprocess
 from collections import Counter
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 # Bytes that a warp moves, by the width in an instruction's name; without one it is 32 bits a lane.
 WARP_BYTES = {"U8": 32, "S8": 32, "U16": 64, "S16": 64, "64": 256, "128": 512}
+PRODUCTS = ("HMMA", "HGMMA", "LDSM")
 WARPS_OF_A_GROUP = 4  # HGMMA is one instruction of four warps
 
 
@@ -75,6 +76,9 @@ class Loop:
 class Counts:
     """What one warp asks for in one turn of a loop.
 
+    ``product_instructions`` multiply, or load the factors from shared memory, ``product_shared_bytes`` of
+    them: a kernel that skips a block skips these. ``skippable_instructions`` are others that a branch within
+    the loop may jump over.
     ``pending`` is how many groups of asynchronous copies may be under way at the wait, 0 where loads are
     waited for at once; ``opcodes`` counts instructions by name.
     """
@@ -86,7 +90,10 @@ class Counts:
     global_bytes: int
     barriers: int
     pending: int
+    product_instructions: int
+    product_shared_bytes: int
     opcodes: Counter[str]
+    skippable_instructions: int = 0
 
 
 def find_nvdisasm() -> str | None:
@@ -147,6 +154,18 @@ def loops(code: Iterable[Instruction], labels: dict[str, int]) -> list[Loop]:
     return [Loop(begin, end) for begin, end in sorted(ends.items())]
 
 
+def skippable(code: list[Instruction], labels: dict[str, int]) -> int:
+    """Return how many instructions, but for products, lie between a branch and its target further on."""
+    jumps = []
+    for instruction in code:
+        match = re.search(r"\.L[\w$.]*", instruction.operands)
+        if instruction.parts[0] == "BRA" and match and match[0] in labels:
+            jumps.append((instruction.address, labels[match[0]]))
+    return sum(
+        i.parts[0] not in PRODUCTS and any(begin < i.address < end for begin, end in jumps) for i in code
+    )
+
+
 def count(code: Iterable[Instruction]) -> Counts:
     """Return what one turn of these instructions asks for."""
     code = list(code)
@@ -158,6 +177,9 @@ def count(code: Iterable[Instruction]) -> Counts:
         for i in code
         if (m := re.match(r"SB0, (0x[0-9a-f]+)", i.operands)) and i.parts[0] == "DEPBAR"
     ]
+    # Beside matrix products plain loads of shared memory are bookkeeping.
+    products = PRODUCTS if matrix else ("FFMA", "LDS")
+    product = [i for i in code if i.parts[0] in products]
     return Counts(
         multiply_adds=sum(i.multiply_adds for i in arithmetic),
         kind=".".join(arithmetic[0].parts) if arithmetic else "none",
@@ -166,6 +188,10 @@ def count(code: Iterable[Instruction]) -> Counts:
         global_bytes=sum(i.warp_bytes for i in code if i.parts[0] in ("LDG", "LDGSTS")),
         barriers=sum(i.parts[0] == "BAR" for i in code),
         pending=max(waits, default=0),
+        product_instructions=len(product),
+        product_shared_bytes=sum(
+            i.operand_bytes + (i.warp_bytes if i.parts[0] in ("LDS", "LDSM") else 0) for i in product
+        ),
         opcodes=Counter(i.parts[0] for i in code),
     )
 
@@ -174,7 +200,7 @@ def count(code: Iterable[Instruction]) -> Counts:
 class HotLoop:
     """The loop that multiplies, and the step around it that loads.
 
-    ``inner`` is one turn of the innermost loop that holds most multiply-adds; ``step`` is one turn of the
+    ``inner`` is one turn of the loop that itself holds most multiply-adds; ``step`` is one turn of the
     smallest loop around it that also loads from global memory, without ``inner``; all zero where that is the
     same loop.
     """
@@ -200,14 +226,17 @@ def hot_loop(code: list[Instruction], labels: dict[str, int]) -> HotLoop:
     def within(loop: Loop) -> list[Instruction]:
         return [i for i in code if loop.begin <= i.address <= loop.end]
 
-    innermost = [loop for loop in found if not any(loop.holds(other) for other in found)]
+    def itself(loop: Loop) -> list[Instruction]:
+        nested = [other for other in found if loop.holds(other)]
+        return [i for i in within(loop) if not any(n.begin <= i.address <= n.end for n in nested)]
+
     # Matrix products first: a kernel may keep another loop for what they cannot do.
     inner = max(
-        innermost,
-        key=lambda loop: ("MMA" in count(within(loop)).kind, count(within(loop)).multiply_adds),
+        found,
+        key=lambda loop: ("MMA" in count(itself(loop)).kind, count(itself(loop)).multiply_adds),
         default=None,
     )
-    if inner is None or count(within(inner)).multiply_adds == 0:
+    if inner is None or count(itself(inner)).multiply_adds == 0:
         raise ValueError(f"`code` must have a loop that multiplies, got {len(found)} loops without")
     around = [
         inner,
@@ -215,4 +244,7 @@ def hot_loop(code: list[Instruction], labels: dict[str, int]) -> HotLoop:
     ]
     step = next((loop for loop in around if count(within(loop)).global_bytes), inner)
     rest = [i for i in within(step) if not inner.begin <= i.address <= inner.end]
-    return HotLoop(count(within(inner)), count(rest))
+    counts = replace(
+        count(within(inner)), skippable_instructions=skippable(within(inner), labels) if step is inner else 0
+    )
+    return HotLoop(counts, count(rest))
