@@ -2,6 +2,7 @@
 #   PYTHON=python3.12   the Python that .venv is made with
 #   TORCH=...           what pip installs as torch: a version, a wheel file, an empty string to keep
 #                       the one that .venv has
+#   CUDA_CHECK_ARCHITECTURES="80 86 89 90 100 120"   what cuda-check compiles for, here for a release
 
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
@@ -37,13 +38,12 @@ bench: $(VENV)/installed
 	  --benchmark-columns=median,iqr,rounds --benchmark-json=benchmark.json $(BENCH_ARGS)
 	$(BIN)/python benchmarks/report.py benchmark.json
 
-# Compiles every .cu for the architectures that the tests run, fails on register spills, and runs
-# the compiled PTX where the simulator is at hand. Needs nvcc, no GPU and no CUDA torch.
+# Compiles every .cu, holds it against tests/ptx/budgets.py, and runs the compiled PTX where the
+# simulator is at hand. Needs nvcc, no GPU and no CUDA torch.
+CUDA_CHECK_ARCHITECTURES ?= 80 90
 cuda-check: $(VENV)/installed
-	$(BIN)/cmake -S . -B build/cuda-check -G Ninja -DFASTPRUNE_CUDA=OFF \
-	  -DPython_EXECUTABLE=$(CURDIR)/$(BIN)/python -Dpybind11_DIR=$$($(BIN)/python -m pybind11 --cmakedir)
-	$(BIN)/cmake --build build/cuda-check --target cuda-check
-	FASTPRUNE_PTX_SWEEP=full $(BIN)/python -m pytest tests/ptx
+	PYTHONPATH=tests $(BIN)/python -m ptx.cuda_check --architectures $(CUDA_CHECK_ARCHITECTURES) \
+	  --output build/cuda-check --jobs $(CMAKE_BUILD_PARALLEL_LEVEL)
 
 clean:
 	rm -rf build $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis .benchmarks benchmark.json

@@ -1,5 +1,5 @@
-# The module `_C_cuda`, built where torch has CUDA and nvcc is found, and the target `cuda-check`,
-# which needs nvcc alone. FASTPRUNE_CUDA_STATUS says what was done, and why.
+# The module `_C_cuda`, built where torch has CUDA and nvcc is found. FASTPRUNE_CUDA_STATUS says what
+# was done, and why.
 set(FASTPRUNE_CUDA_SOURCES csrc/kernels/cuda/block_sparse_linear.cu)
 set(FASTPRUNE_CUDA_BINDINGS csrc/bindings/cuda_module.cpp
                             csrc/bindings/block_sparse_linear_cuda.cpp)
@@ -11,33 +11,6 @@ elseif(DEFINED ENV{CUDACXX})
 else()
   find_program(FASTPRUNE_NVCC nvcc PATHS ENV CUDA_HOME ENV CUDA_PATH /usr/local/cuda
                PATH_SUFFIXES bin)
-endif()
-
-# cuda-check: every kernel compiled for the oldest architecture and for Hopper; spills fail it.
-if(FASTPRUNE_NVCC)
-  file(GLOB FASTPRUNE_KERNEL_HEADERS CONFIGURE_DEPENDS csrc/kernels/*.h csrc/kernels/cuda/*.h
-                                                       csrc/kernels/cuda/*.cuh)
-  file(GLOB FASTPRUNE_CHECKED_KERNELS CONFIGURE_DEPENDS csrc/kernels/cuda/*.cu)
-  set(FASTPRUNE_CHECKED)
-  foreach(source IN LISTS FASTPRUNE_CHECKED_KERNELS)
-    get_filename_component(stem "${source}" NAME_WE)
-    foreach(architecture IN ITEMS sm_80 sm_90)
-      set(cubin "${CMAKE_CURRENT_BINARY_DIR}/cuda-check/${stem}.${architecture}.cubin")
-      add_custom_command(
-        OUTPUT "${cubin}"
-        COMMAND
-          "${CMAKE_COMMAND}" "-DNVCC=${FASTPRUNE_NVCC}" "-DSOURCE=${source}"
-          "-DARCHITECTURE=${architecture}" "-DOUTPUT=${cubin}" -P
-          "${CMAKE_CURRENT_SOURCE_DIR}/cmake/check_spills.cmake"
-        DEPENDS "${source}" ${FASTPRUNE_KERNEL_HEADERS} cmake/check_spills.cmake
-        VERBATIM)
-      list(APPEND FASTPRUNE_CHECKED "${cubin}")
-    endforeach()
-  endforeach()
-  add_custom_target(cuda-check DEPENDS ${FASTPRUNE_CHECKED})
-else()
-  add_custom_target(cuda-check COMMAND "${CMAKE_COMMAND}" -E echo "cuda-check: nvcc was not found"
-                    COMMAND "${CMAKE_COMMAND}" -E false)
 endif()
 
 if(FASTPRUNE_TORCH_CUDA STREQUAL "none")

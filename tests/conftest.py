@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import random
 
-import hypothesis
 import numpy as np
 import pytest
 import torch
@@ -12,14 +12,18 @@ import torch
 import fastprune as fp
 from fastprune.modules import choice, clear_layer_seconds, convert
 
-hypothesis.settings.register_profile(
-    "fastprune",
-    deadline=None,
-    derandomize=True,
-    max_examples=40,
-    suppress_health_check=[hypothesis.HealthCheck.function_scoped_fixture],
-)
-hypothesis.settings.load_profile("fastprune")
+# The tests of the CUDA kernels need no hypothesis, nor has every machine with a GPU.
+with contextlib.suppress(ModuleNotFoundError):
+    import hypothesis
+
+    hypothesis.settings.register_profile(
+        "fastprune",
+        deadline=None,
+        derandomize=True,
+        max_examples=40,
+        suppress_health_check=[hypothesis.HealthCheck.function_scoped_fixture],
+    )
+    hypothesis.settings.load_profile("fastprune")
 
 
 @pytest.fixture(autouse=True)

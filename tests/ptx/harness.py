@@ -16,6 +16,8 @@ from types import ModuleType
 
 import numpy as np
 
+from . import budgets, records
+
 REPOSITORY = Path(__file__).resolve().parents[2]
 KERNELS = REPOSITORY / "csrc" / "kernels" / "cuda"
 ACTIVATIONS = {"none": 0, "relu": 1}  # of csrc/kernels/types.h
@@ -93,6 +95,8 @@ def _launch(
     if result.fatal:
         findings.append(f"[fatal] {result.fatal}")
     findings += [f"[unwritten-output] {n} bytes of {name}" for name, n in result.unwritten.items() if n]
+    findings += budgets.launch_findings(plan["kernel"], plan["shared_bytes"])
+    records.launch(plan, arguments, arch, findings)
     return findings
 
 

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from . import harness
+from . import harness, records
 
 OFF_BY_ONE = {"lt": "le", "le": "lt", "gt": "ge", "ge": "gt"}
 
@@ -24,6 +25,7 @@ class Mutant:
     kind: str
     where: str
     ptx: str
+    kernel: str
 
 
 def entry_of(ptx: str, kernel: str) -> str:
@@ -55,7 +57,7 @@ def mutants_of(op: str, kernel: str, arch: str = "compute_80") -> list[Mutant]:
     where, found = "", []
 
     def mutate(kind: str, index: int, line: str) -> None:
-        found.append(Mutant(kind, where, "\n".join([*lines[:index], line, *lines[index + 1 :]])))
+        found.append(Mutant(kind, where, "\n".join([*lines[:index], line, *lines[index + 1 :]]), kernel))
 
     for index, line in enumerate(lines):
         if match := re.match(r"\s*\.loc\s+(\d+)\s+(\d+)", line):
@@ -90,8 +92,17 @@ def unnoticed(
         equivalent: (kind, where) of mutants that compute the same; each stands for one.
 
     """
-    missed = [(m.kind, m.where) for m in mutants if not notices(lambda _, ptx=m.ptx: ptx)]
-    for known in equivalent:
-        if known in missed:
-            missed.remove(known)
+    missed, same = [], Counter(list(equivalent))
+    for mutant in mutants:
+        change = (mutant.kind, mutant.where)
+        with records.broken_kernel():
+            noticed = notices(lambda _, ptx=mutant.ptx: ptx)
+        if noticed:
+            records.mutant(mutant.kernel, "noticed")
+        elif same[change] > 0:
+            same[change] -= 1
+            records.mutant(mutant.kernel, "equivalent")
+        else:
+            records.mutant(mutant.kernel, "unnoticed")
+            missed.append(change)
     return missed

@@ -1,0 +1,62 @@
+"""What each kernel may use of a multiprocessor; `make cuda-check` fails where one passes its budget.
+
+A kernel without an entry fails too. The number of resident thread blocks that a kernel counts on for hiding
+latency follows from its budget, so an entry is raised only together with the reason in its source.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+
+
+@dataclass(frozen=True)
+class Budget:
+    """Upper bounds for one kernel, on every architecture.
+
+    Args:
+        registers: of a thread.
+        static_shared_bytes: what the kernel declares.
+        dynamic_shared_bytes: the most that any launch plan asks for beside it; the simulator's runs check it.
+
+    """
+
+    registers: int
+    static_shared_bytes: int
+    dynamic_shared_bytes: int = 0
+
+
+# Patterns of kernel names; the first that matches counts.
+BUDGETS = {
+    # Two thread blocks of four warps share a multiprocessor whatever they use: one waits, one multiplies.
+    "block_sparse_linear_*_128x128_by_*": Budget(255, 0, 49_152),
+    "block_sparse_linear_*_64x64_by_16": Budget(128, 0, 24_576),
+    "block_sparse_linear_*_few_samples": Budget(72, 0, 49_152),
+    "block_sparse_linear_weight_gradient_sum_*": Budget(32, 0),
+    "block_sparse_linear_weight_gradient_plain_*_16": Budget(112, 18_432),
+    "block_sparse_linear_weight_gradient_plain_*_64": Budget(168, 24_576),
+    "block_sparse_linear_weight_gradient_*_16*": Budget(112, 0, 36_864),
+    "block_sparse_linear_weight_gradient_*_32*": Budget(128, 0, 40_960),
+    "block_sparse_linear_weight_gradient_*_64*": Budget(192, 0, 49_152),
+    "block_sparse_linear_weight_gradient_*_128*": Budget(255, 0, 49_152),
+    # Any block, plain multiply-adds.
+    "block_sparse_linear_*": Budget(72, 10_752),
+    "transposed_structure": Budget(40, 32),
+}
+
+
+def budget_of(kernel: str) -> Budget | None:
+    """Return the budget of a kernel, or None where the table has no entry for it."""
+    return next((budget for pattern, budget in BUDGETS.items() if fnmatchcase(kernel, pattern)), None)
+
+
+def launch_findings(kernel: str, shared_bytes: int) -> list[str]:
+    """Return what is wrong with the dynamic shared memory of a launch, as findings of the simulator are."""
+    budget = budget_of(kernel)
+    # The compile gate names kernels without a budget.
+    if budget is None or shared_bytes <= budget.dynamic_shared_bytes:
+        return []
+    return [
+        f"[budget] {kernel} is launched with {shared_bytes} bytes of dynamic shared memory, "
+        f"its budget is {budget.dynamic_shared_bytes}"
+    ]
