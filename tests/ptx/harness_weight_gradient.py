@@ -55,12 +55,13 @@ def block_sparse_linear_weight_gradient(
     order: str = "forward",
     seed: int = 0,
     ptx_transform: Callable[[str], str] | None = None,
+    transformed: str = "product",
     max_instructions: int = 10**8,
 ) -> tuple[np.ndarray, list[str], dict]:
     """Return the gradient, the findings, and the plan; what was left out is NaN.
 
     ``offset`` counts the elements by which both operands begin after a multiple of 16 bytes;
-    ``ptx_transform`` changes the product's kernel, not the one that adds its slices.
+    ``ptx_transform`` changes the kernel of the product, or that of the "sum" of its slices.
     """
     from fastprune import _C
 
@@ -100,15 +101,15 @@ def block_sparse_linear_weight_gradient(
             partial,
         )
 
-    def launch(step: str, args: tuple, transform: Callable[[str], str] | None) -> list[str]:
+    def launch(step: str, args: tuple) -> list[str]:
         ptx = _ptx_of_kernel(plan[step]["kernel"], arch)
-        changed = transform(ptx) if transform else ptx
+        changed = ptx_transform(ptx) if ptx_transform and step == transformed else ptx
         return harness._launch(OP, plan[step], args, arch, order, seed, lambda _: changed, max_instructions)
 
     product = arguments(
         None if several else result, ptxsim.Out(partial_sums, "partial_sums") if several else None
     )
-    findings = launch("product", product, ptx_transform)
+    findings = launch("product", product)
     if several and not findings:
-        findings = launch("sum", arguments(result, ptxsim.In(partial_sums, "partial_sums")), None)
+        findings = launch("sum", arguments(result, ptxsim.In(partial_sums, "partial_sums")))
     return grad_values, findings, plan

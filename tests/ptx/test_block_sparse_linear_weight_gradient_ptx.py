@@ -9,6 +9,7 @@ import pytest
 
 from . import harness
 from .harness_weight_gradient import OP, block_sparse_linear_weight_gradient, to_float
+from .mutants import mutants_of, unnoticed
 
 pytestmark = pytest.mark.skipif(
     harness.unavailable_reason() is not None, reason=harness.unavailable_reason() or ""
@@ -25,7 +26,7 @@ RESULT_ROUNDING = {"f32": 0.0, "tf32": 0.0, "f16": 2.0**-11, "bf16": 2.0**-8}
 def convert(array: np.ndarray, kind: str) -> np.ndarray:
     """Round to a type; bfloat16 as its bits."""
     if kind == "bf16":
-        bits = array.astype(np.float32).view(np.uint32)
+        bits = np.where(np.isnan(array), np.nan, array).astype(np.float32).view(np.uint32)
         return ((bits + 0x7FFF + (bits >> 16 & 1)) >> 16).astype(np.uint16)
     return array.astype(np.float16 if kind == "f16" else np.float32)
 
@@ -42,6 +43,8 @@ class Case:
     cols: int = 16
     density: float = 0.6
     row_gap: int = 0  # elements between the rows of both operands
+    aligned: bool = False  # rows that begin at multiples of 8 elements
+    poisoned: bool = False  # every operand is NaN, and every gradient but its padding
     offset: int = 0  # of both operands, after a multiple of 16 bytes
     seed: int = 0
 
@@ -50,8 +53,9 @@ class Case:
         return "-".join(f"{f.name}={getattr(self, f.name)}" for f in unusual) or "usual"
 
     def operand(self, rng: np.random.Generator, features: int) -> np.ndarray:
-        dense = convert(rng.standard_normal((self.samples, features + self.row_gap)), self.kind)
-        return dense[:, :features]
+        stride = features + self.row_gap + (-(features + self.row_gap) % 8 if self.aligned else 0)
+        dense = rng.standard_normal((self.samples, stride)) + (np.nan if self.poisoned else 0)
+        return convert(dense, self.kind)[:, :features]
 
     def arguments(self) -> dict:
         """Make random arguments, with an empty block row where some blocks are lost."""
@@ -89,7 +93,8 @@ def wrong_values(kind: str, arguments: dict, output: np.ndarray) -> list[str]:
     magnitude = kept_blocks(np.abs(input).T @ np.abs(grad_output), arguments)
     relative = (len(input) + 2) * EPSILON + 2.001 * OPERAND_ROUNDING[kind]
     bound = relative * magnitude + RESULT_ROUNDING[kind] * (1 + relative) * np.abs(expected)
-    wrong = np.argwhere(~(np.abs(to_float(output) - expected) <= bound))
+    values = to_float(output)
+    wrong = np.argwhere(~(np.abs(values - expected) <= bound) & ~(np.isnan(values) & np.isnan(expected)))
     return [f"{len(wrong)} wrong values, the first at {wrong[0]}"] if len(wrong) else []
 
 
@@ -103,7 +108,7 @@ def with_blocks(kind: str, rows: int, cols: int, **sizes: int) -> list[Case]:
     """Two block rows and three block columns, once whole and once ragged, which is narrow too."""
     whole = Case(kind=kind, rows=rows, cols=cols, out_features=2 * rows, in_features=3 * cols, **sizes)
     ragged = {"out_features": 2 * rows - rows // 2, "in_features": 3 * cols - cols // 2 - cols % 2}
-    return [whole, replace(whole, **ragged), replace(whole, **ragged, row_gap=-ragged["in_features"] % 8)]
+    return [whole, replace(whole, **ragged), replace(whole, **ragged, aligned=True)]
 
 
 # One below, at and above a fragment, a stage (16 of float32, 32 of 16 bits), the stages that are
@@ -223,3 +228,94 @@ def test_bits_depend_neither_on_the_other_blocks_nor_on_the_alignment(kind):
         crow, col = np.array([0, 0, 1, 1], np.int32), np.array([block], np.int32)
         alone = {**arguments, "crow_indices": crow, "col_indices": col, "offset": block % 4}
         assert block_sparse_linear_weight_gradient(**alone)[0].tobytes() == together[1, block].tobytes()
+
+
+def mutant_cases(kind: str, *, narrow: bool = False) -> list[Case]:
+    """Meet every edge of a bound that a thread can be off by one at; the first find most."""
+    rows, cols = (13, 5) if kind == "f32" else (16, 16)
+    stage = 32 if kind in ("bf16", "f16") else 16
+    one = Case(kind=kind, rows=rows, cols=cols, out_features=rows, in_features=cols, density=1.0)
+    one = replace(one, aligned=not narrow, offset=1 if narrow else 0)
+    ends = [stage * step + stage * eighth // 8 for step in range(5) for eighth in (1, 3, 5, 7)]
+    edges = [(35, 6), (41, 7), (52, 14), (62, 15), (35, 12), (35, 13)]
+    if kind == "f32":
+        ends = list(range(1, 32))
+        edges = [(21 + row, row) for row in range(1, 13)]
+    return [
+        replace(one, samples=4 * stage + 1, in_features=9 * cols - 1, out_features=2 * rows - 1, density=0.7),
+        replace(one, samples=513, in_features=2 * cols - 7 % cols, out_features=2 * rows - 2),
+        *(replace(one, samples=samples) for samples in (0, *ends)),
+        *(
+            replace(one, samples=samples, in_features=wide, out_features=high, poisoned=True)
+            for samples in (3, 512)
+            for wide, high in edges
+        ),
+        *(
+            replace(one, samples=samples, in_features=blocks * cols)
+            for samples in (3, 512)
+            for blocks in (2, 3, 26, 27)
+        ),
+        replace(one, samples=3, in_features=25 * cols + 3, out_features=2 * rows - 5),
+        replace(one, samples=3, in_features=2 * cols, out_features=35 * rows, density=0.5),
+    ]
+
+
+# Mutants that compute the same, by what is done to which source line, and how many there are.
+SEARCH = {
+    ("bound + 1", "while (high - low > 1) {"): 1,  # one step more over one block row
+    ("bound + 1", "if (tile.first_column >= tile.columns) return;"): 1,  # an empty tile stores nothing
+    ("no guard", "if (tile.first_column >= tile.columns) return;"): 1,
+}
+# Stages of zeros after the last, which nobody reads.
+STAGES = {("bound + 1", "if (step < steps) {"): 3}
+# Kept columns end at a multiple of 16, which only the first column of a fragment can be.
+BF16_COLUMNS = {("bound + 1", "if (column >= tile.columns) continue;"): 4}
+TF32_COLUMNS = {("bound + 1", "if (column >= tile.columns) continue;"): 6}
+
+
+def every_mutant_is_noticed(kernel: str, cases: list[Case], equivalent: dict, step: str = "product") -> None:
+    for case in cases:
+        assert run(case)[1] == [], case
+
+    def notices(ptx_transform) -> bool:
+        return any(
+            run(
+                case,
+                order=order,
+                ptx_transform=ptx_transform,
+                transformed=step,
+                max_instructions=2 * 10**6,
+            )[1]
+            for order, some in (("forward", cases), ("reverse", cases[:2]))
+            for case in some
+        )
+
+    mutants = mutants_of(OP, f"{OP}_{kernel}")
+    assert len(mutants) > 8
+    known = [mutant for mutant, count in equivalent.items() for _ in range(count)]
+    # The short sample takes the waits, the barriers, and some of each other kind.
+    chosen = [
+        m for i, m in enumerate(mutants) if FULL_SWEEP or m.kind in ("no barrier", "no wait") or i % 6 == 0
+    ]
+    assert unnoticed(chosen, notices, known) == []
+
+
+def test_every_mutant_on_tensor_cores_is_noticed():
+    every_mutant_is_noticed("bf16_16", mutant_cases("bf16"), {**SEARCH, **STAGES, **BF16_COLUMNS})
+
+
+@pytest.mark.skipif(not FULL_SWEEP, reason="FASTPRUNE_PTX_SWEEP=full runs it")
+def test_every_mutant_of_tf32_is_noticed():
+    every_mutant_is_noticed("tf32_16", mutant_cases("tf32"), {**SEARCH, **STAGES, **TF32_COLUMNS})
+
+
+@pytest.mark.skipif(not FULL_SWEEP, reason="FASTPRUNE_PTX_SWEEP=full runs it")
+def test_every_mutant_of_the_plain_kernel_is_noticed():
+    every_mutant_is_noticed("plain_f32_16", mutant_cases("f32"), SEARCH)
+
+
+def test_every_mutant_of_the_sum_of_slices_is_noticed():
+    block = Case(out_features=16, in_features=16, density=1.0)
+    cases = [replace(block, samples=256 * slices) for slices in range(2, 11)]
+    cases.append(replace(block, samples=512, rows=5, cols=3))  # not a whole number of thread blocks
+    every_mutant_is_noticed("sum_bf16", cases, {}, "sum")

@@ -232,7 +232,8 @@ __device__ __forceinline__ void store_gradient(const WarpTile<T, kRows>& warp,
       for (int n = 0; n < Warp::kN; ++n) {
         float first, second;
         const int row = warp.pair_of(m, half, n, first, second);
-        if (row < rows) {
+        // The smaller tiles are as high as their blocks.
+        if (kRows <= 32 || row < rows) {
           store_pair(values + row, row < filled ? first : 0.0f, row + 1 < filled ? second : 0.0f);
         }
       }
