@@ -239,7 +239,7 @@ def mutant_cases(kind: str, *, narrow: bool = False) -> list[Case]:
     ends = [stage * step + stage * eighth // 8 for step in range(5) for eighth in (1, 3, 5, 7)]
     edges = [(35, 6), (41, 7), (52, 14), (62, 15), (35, 12), (35, 13)]
     if kind == "f32":
-        ends = list(range(1, 32))
+        ends = list(range(1, 33))
         edges = [(21 + row, row) for row in range(1, 13)]
     return [
         replace(one, samples=4 * stage + 1, in_features=9 * cols - 1, out_features=2 * rows - 1, density=0.7),
@@ -253,7 +253,12 @@ def mutant_cases(kind: str, *, narrow: bool = False) -> list[Case]:
         *(
             replace(one, samples=samples, in_features=blocks * cols)
             for samples in (3, 512)
-            for blocks in (2, 3, 26, 27)
+            for blocks in ((2, 3, 4, 5) if kind == "f32" else (2, 3))
+        ),
+        *(
+            replace(one, samples=samples, rows=high, out_features=2 * high)
+            for samples in (3, 512)
+            for high in ((13, 14, 15, 12) if kind == "f32" else ())
         ),
         replace(one, samples=3, in_features=25 * cols + 3, out_features=2 * rows - 5),
         replace(one, samples=3, in_features=2 * cols, out_features=35 * rows, density=0.5),
@@ -268,6 +273,13 @@ SEARCH = {
 }
 # Stages of zeros after the last, which nobody reads.
 STAGES = {("bound + 1", "if (step < steps) {"): 3}
+# One step of zeros where there are no samples.
+STEPS = {
+    (
+        "no guard",
+        "for (int begin = 0, parity = 0; begin < slice.samples; begin += kPlainStep, parity ^= 1) {",
+    ): 1
+}
 # Kept columns end at a multiple of 16, which only the first column of a fragment can be.
 BF16_COLUMNS = {("bound + 1", "if (column >= tile.columns) continue;"): 4}
 TF32_COLUMNS = {("bound + 1", "if (column >= tile.columns) continue;"): 6}
@@ -311,7 +323,7 @@ def test_every_mutant_of_tf32_is_noticed():
 
 @pytest.mark.skipif(not FULL_SWEEP, reason="FASTPRUNE_PTX_SWEEP=full runs it")
 def test_every_mutant_of_the_plain_kernel_is_noticed():
-    every_mutant_is_noticed("plain_f32_16", mutant_cases("f32"), SEARCH)
+    every_mutant_is_noticed("plain_f32_16", mutant_cases("f32"), {**SEARCH, **STEPS})
 
 
 def test_every_mutant_of_the_sum_of_slices_is_noticed():
