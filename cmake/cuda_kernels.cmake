@@ -1,8 +1,10 @@
 # The module `_C_cuda`, built where torch has CUDA and nvcc is found. FASTPRUNE_CUDA_STATUS says what
 # was done, and why.
-set(FASTPRUNE_CUDA_SOURCES csrc/kernels/cuda/block_sparse_linear.cu)
+set(FASTPRUNE_CUDA_SOURCES csrc/kernels/cuda/block_sparse_linear.cu
+                           csrc/kernels/cuda/block_sparse_linear_weight_gradient.cu)
 set(FASTPRUNE_CUDA_BINDINGS csrc/bindings/cuda_module.cpp
-                            csrc/bindings/block_sparse_linear_cuda.cpp)
+                            csrc/bindings/block_sparse_linear_cuda.cpp
+                            csrc/bindings/block_sparse_linear_weight_gradient_cuda.cpp)
 
 if(CMAKE_CUDA_COMPILER)
   set(FASTPRUNE_NVCC "${CMAKE_CUDA_COMPILER}")

@@ -59,3 +59,88 @@ def test_sizes_that_no_grid_covers_are_named(sizes: dict[str, int]) -> None:
     name, value = next(iter(sizes.items()))
     with pytest.raises(ValueError, match=f"{name}={value}"):
         plan(**sizes)
+
+
+def gradient_plan(**sizes: object) -> dict:
+    usual = {"samples": 64, "in_features": 64, "out_features": 64, "rows": 16, "cols": 16, "kept": 8}
+    usual |= {"dtype": "bfloat16", "allow_tf32": False, "aligned": True}
+    return _C.plan_block_sparse_linear_weight_gradient_cuda(**{**usual, **sizes})
+
+
+def test_the_weight_gradient_has_room_for_the_tiles_of_every_block_row() -> None:
+    plan = gradient_plan()
+    assert plan == {
+        "product": {
+            "kernel": "block_sparse_linear_weight_gradient_bf16_16",
+            "grid": (8 * 16 // 128 + 4, 1, 1),
+            "block": (128, 1, 1),
+            "shared_bytes": 4 * 64 * (128 + 16),
+        },
+        "sum": {
+            "kernel": "block_sparse_linear_weight_gradient_sum_bf16",
+            "grid": (0, 1, 1),
+            "block": (256, 1, 1),
+            "shared_bytes": 0,
+        },
+        "slices": 1,
+        "samples_per_slice": 64,
+    }
+    assert gradient_plan(kept=0)["product"]["grid"][0] == 0
+    assert gradient_plan(rows=128, cols=3, kept=1)["product"]["grid"] == (1, 2, 1)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "kernel"),
+    [
+        ({"rows": 48}, "bf16_64"),
+        ({"rows": 128, "dtype": "float16", "aligned": False}, "f16_128_narrow"),
+        ({"dtype": "float32"}, "plain_f32_16"),
+        ({"dtype": "float32", "allow_tf32": True}, "tf32_16"),
+        ({"rows": 33, "allow_tf32": True}, "plain_bf16_64"),
+        ({"cols": 8}, "plain_bf16_16"),
+    ],
+    ids=str,
+)
+def test_tensor_cores_take_blocks_of_multiples_of_16(sizes: dict, kernel: str) -> None:
+    plan = gradient_plan(**sizes)
+    assert plan["product"]["kernel"] == f"block_sparse_linear_weight_gradient_{kernel}"
+    assert plan["product"]["shared_bytes"] <= 48 * 1024
+
+
+@pytest.mark.parametrize("samples", [0, 1, 511, 512, 513, 5000, 2**20, 2**20 + 1, 2**30])
+@pytest.mark.parametrize("kept", [1, 8, 2000, 100_000])
+def test_slices_cover_all_samples_and_none_is_empty(samples: int, kept: int) -> None:
+    plan = gradient_plan(samples=samples, kept=kept, in_features=2**20, out_features=2**12)
+    slices, length = plan["slices"], plan["samples_per_slice"]
+    assert plan["product"]["grid"][2] == slices
+    assert (plan["sum"]["grid"][0] > 0) == (slices > 1)
+    assert length % 32 == 0
+    assert length <= 2**20
+    assert slices * length >= samples
+    assert slices == 1 or (slices - 1) * length < samples
+    # Few blocks and many samples are cut up; many blocks fill a GPU as they are.
+    assert kept < 100_000 or samples > 2**20 or slices == 1
+    assert kept > 8 or samples < 512 or slices >= 2
+
+
+@pytest.mark.parametrize(
+    "sizes",
+    [
+        {"samples": -1},
+        {"rows": 129},
+        {"cols": 0},
+        {"kept": 2**31},
+        {"in_features": 2**31},
+        {"samples": 2**60},
+    ],
+    ids=str,
+)
+def test_gradient_sizes_that_no_grid_covers_are_named(sizes: dict[str, int]) -> None:
+    name, value = next(iter(sizes.items()))
+    with pytest.raises(ValueError, match=f"{name}={value}"):
+        gradient_plan(**sizes)
+
+
+def test_an_unknown_dtype_is_named() -> None:
+    with pytest.raises(ValueError, match="`dtype` must be 'float32', 'float16' or 'bfloat16', got 'float64'"):
+        gradient_plan(dtype="float64")

@@ -1,4 +1,5 @@
-// What the CPU and the CUDA binding of block_sparse_linear share: checks and shapes.
+// What the CPU and the CUDA bindings of block_sparse_linear and its gradients share: checks and
+// shapes.
 #pragma once
 
 #include <optional>
@@ -69,6 +70,26 @@ inline void check_block_sparse_linear(const char* op, const Tensor& input,
     check_dim(op, "bias", *bias, 1);
     check_size(op, "bias", *bias, 0, out_features);
   }
+}
+
+inline void check_weight_gradient(const char* op, const Tensor& grad_output, const Tensor& input,
+                                  const Tensor& crow_indices, const Tensor& col_indices,
+                                  int64_t rows, int64_t cols) {
+  check_has_features(op, "grad_output", grad_output);
+  check_has_features(op, "input", input);
+  check_same_device(op, "input", input, grad_output);
+  check_dtype(op, "input", input, grad_output.scalar_type());
+  check_indices(op, grad_output, crow_indices, col_indices);
+  check_dim(op, "input", input, grad_output.dim());
+  for (int64_t d = 0; d + 1 < input.dim(); ++d) {
+    check_size(op, "input", input, d, grad_output.size(d));
+  }
+  if (rows < 1 || cols < 1 || rows > kLargestBlock || cols > kLargestBlock) {
+    throw_value_error(op, ": `rows` and `cols` must be from 1 to ", kLargestBlock, ", got ", rows,
+                      " and ", cols);
+  }
+  check_size(op, "crow_indices", crow_indices, 0,
+             ceil_divide(grad_output.size(grad_output.dim() - 1), rows) + 1);
 }
 
 // The shape of `input` with another number of features.

@@ -43,22 +43,8 @@ void run(const Tensor& grad_output, const Tensor& input, const Tensor& crow_indi
 Tensor block_sparse_linear_weight_gradient_cpu(const Tensor& grad_output, const Tensor& input,
                                                const Tensor& crow_indices,
                                                const Tensor& col_indices, int64_t rows,
-                                               int64_t cols) {
-  check_has_features(kOp, "grad_output", grad_output);
-  check_has_features(kOp, "input", input);
-  check_same_device(kOp, "input", input, grad_output);
-  check_dtype(kOp, "input", input, grad_output.scalar_type());
-  check_indices(kOp, grad_output, crow_indices, col_indices);
-  check_dim(kOp, "input", input, grad_output.dim());
-  for (int64_t d = 0; d + 1 < input.dim(); ++d) {
-    check_size(kOp, "input", input, d, grad_output.size(d));
-  }
-  if (rows < 1 || cols < 1 || rows > kLargestBlock || cols > kLargestBlock) {
-    throw_value_error(kOp, ": `rows` and `cols` must be from 1 to ", kLargestBlock, ", got ", rows,
-                      " and ", cols);
-  }
-  check_size(kOp, "crow_indices", crow_indices, 0,
-             ceil_divide(grad_output.size(grad_output.dim() - 1), rows) + 1);
+                                               int64_t cols, bool /*allow_tf32*/) {
+  check_weight_gradient(kOp, grad_output, input, crow_indices, col_indices, rows, cols);
   const Tensor grad_matrix = as_matrix(grad_output), input_matrix = as_matrix(input);
   const Tensor crow = as_contiguous(crow_indices);
   const Tensor col = as_contiguous(col_indices);

@@ -18,7 +18,7 @@ STABLE_TORCH_LIBRARY(fastprune, library) {
       "Tensor crow_indices, Tensor col_indices, int in_features) -> Tensor");
   library.def(
       "block_sparse_linear_weight_gradient(Tensor grad_output, Tensor input, Tensor crow_indices, "
-      "Tensor col_indices, int rows, int cols) -> Tensor");
+      "Tensor col_indices, int rows, int cols, bool allow_tf32=False) -> Tensor");
   library.def(
       "ablated_cross_entropy(Tensor logits, Tensor hidden, Tensor weight, Tensor targets, "
       "Tensor pieces, Tensor? sample_weight) -> Tensor");

@@ -9,7 +9,8 @@
 // zero
 //
 // Sums accumulate in T, in the order of the samples, so the bits do not depend on the number of
-// threads.
+// threads. On CUDA they accumulate in float, also for 16-bit T, in slices of the samples that
+// depend on the sizes alone, and whose sums are added in order.
 #pragma once
 
 #include "types.h"

@@ -13,10 +13,39 @@ from . import reference
 
 _ops = torch.ops.fastprune
 
+CUDA_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+"""What the CUDA kernels of the weight gradient take."""
+
+
+def allow_tf32() -> bool:
+    """Tell whether torch's own float32 products may round their operands to tf32 on CUDA.
+
+    ``fp32_precision`` of ``torch.backends.cuda.matmul`` follows the older ``allow_tf32`` too, which may not
+    be read once the newer one was set.
+
+    Example:
+        >>> torch.backends.cuda.matmul.allow_tf32 = True
+        >>> allow_tf32()
+        True
+
+    """
+    return torch.backends.cuda.matmul.fp32_precision == "tf32"
+
 
 def _check(condition: bool, message: str) -> None:
     if not condition:
         raise ValueError(message)
+
+
+def _check_kernel_dtype(op: str, name: str, tensor: Tensor) -> None:
+    """Check the dtype for an op whose CUDA kernels serve the 16-bit types too."""
+    if not tensor.is_cuda:
+        return _check_floating(op, name, tensor)
+    _check(
+        tensor.dtype in CUDA_DTYPES,
+        f"{op}: on CUDA `{name}` must have dtype float32, float16 or bfloat16, got {tensor.dtype}",
+    )
+    _check(tensor.dim() >= 1, f"{op}: `{name}` must have at least 1 dimension, got 0")
 
 
 def _check_floating(op: str, name: str, tensor: Tensor) -> None:
@@ -107,10 +136,16 @@ def _block_sparse_linear_input_gradient_fake(
 
 
 def _block_sparse_linear_weight_gradient_fake(
-    grad_output: Tensor, input: Tensor, crow_indices: Tensor, col_indices: Tensor, rows: int, cols: int
+    grad_output: Tensor,
+    input: Tensor,
+    crow_indices: Tensor,
+    col_indices: Tensor,
+    rows: int,
+    cols: int,
+    allow_tf32: bool = False,
 ) -> Tensor:
     op = "block_sparse_linear_weight_gradient"
-    _check_floating(op, "grad_output", grad_output)
+    _check_kernel_dtype(op, "grad_output", grad_output)
     _check_like(op, grad_output, input=input)
     _check(
         input.shape[:-1] == grad_output.shape[:-1],
@@ -126,10 +161,13 @@ def _block_sparse_linear_weight_gradient_fake(
 
 
 # The three ops are each other's gradients: y = x W^T, dx = dy W and dW = dy^T x in the kept blocks are linear
-# in both of their tensors. On CUDA, where only the first has a kernel, the twins stand in for the others.
+# in both of their tensors. On CUDA the twins stand in where there is no kernel: for the input gradient, for
+# the product in other types than float32, and for the weight gradient in float64.
 
 
 def _product(input: Tensor, packed_values: Tensor, structure: tuple, out_features: int) -> Tensor:
+    if input.is_cuda and input.dtype != torch.float32:
+        return reference.block_sparse_linear(input, packed_values, *structure, out_features=out_features)
     return _ops.block_sparse_linear(input, packed_values, *structure, None, out_features, "none")
 
 
@@ -144,11 +182,12 @@ def _input_gradient(grad_output: Tensor, packed_values: Tensor, structure: tuple
 def _weight_gradient(
     grad_output: Tensor, input: Tensor, structure: tuple, blocksize: tuple[int, int]
 ) -> Tensor:
-    if grad_output.is_cuda:
+    if grad_output.is_cuda and grad_output.dtype not in CUDA_DTYPES:
         return reference.block_sparse_linear_weight_gradient(
             grad_output, input, *structure, blocksize=blocksize
         )
-    return _ops.block_sparse_linear_weight_gradient(grad_output, input, *structure, *blocksize)
+    tf32 = grad_output.is_cuda and allow_tf32()
+    return _ops.block_sparse_linear_weight_gradient(grad_output, input, *structure, *blocksize, tf32)
 
 
 def _blocksize(packed_values: Tensor) -> tuple[int, int]:
@@ -218,7 +257,7 @@ def _weight_gradient_backward(ctx: Any, grad: Tensor) -> tuple:
         grad_grad_output = _product(input, grad, tuple(structure), grad_output.shape[-1])
     if ctx.needs_input_grad[1]:
         grad_input = _input_gradient(grad_output, grad, tuple(structure), input.shape[-1])
-    return grad_grad_output, grad_input, None, None, None, None
+    return grad_grad_output, grad_input, None, None, None, None, None
 
 
 def _ablated_cross_entropy_fake(

@@ -7,8 +7,7 @@ import warnings
 import torch
 from torch import Tensor
 
-from . import _library, reference
-from . import _registration as _registration  # fake kernels, gradients and autocast of the ops
+from . import _library, _registration, reference
 
 _ops = torch.ops.fastprune
 _warned: set[str] = set()
@@ -159,14 +158,18 @@ def block_sparse_linear_weight_gradient(
 ) -> Tensor:
     """Return the kept blocks of ``grad_output.T @ input``: the gradient of a block-sparse weight.
 
-    Differentiable in ``grad_output`` and ``input``. Only the kept blocks are computed.
+    Differentiable in ``grad_output`` and ``input``. Only the kept blocks are computed. Sums accumulate in the
+    dtype of ``grad_output``, on CUDA in float32, in an order that depends on the sizes alone. On CUDA
+    blocks whose sides are multiples of 16 run on tensor cores, float32 only where
+    ``torch.backends.cuda.matmul`` allows tf32.
 
     Example:
         >>> grad_values = fp.ops.block_sparse_linear_weight_gradient(
         ...     grad_output, input, weight.crow_indices, weight.col_indices, blocksize=(16, 16))
 
     Args:
-        grad_output: ``[*, out_features]``, float32 or float64.
+        grad_output: ``[*, out_features]``, float32 or float64 (CUDA: float32, float16 or bfloat16; float64
+            runs through the dense product).
         input: ``[*, in_features]``, its samples and dtype those of ``grad_output``.
         crow_indices: ``[ceil(out_features / rows) + 1]``, int32.
         col_indices: ``[kept]``, int32, increasing within a block row.
@@ -180,11 +183,15 @@ def block_sparse_linear_weight_gradient(
 
     """
     op = "block_sparse_linear_weight_gradient"
-    if _is_transformed() or _lacks_cuda_kernel(op, grad_output, False):
+    supported = grad_output.dtype in _registration.CUDA_DTYPES
+    if _is_transformed() or _lacks_cuda_kernel(op, grad_output, supported):
         return reference.block_sparse_linear_weight_gradient(
             grad_output, input, crow_indices, col_indices, blocksize=blocksize
         )
-    return _ops.block_sparse_linear_weight_gradient(grad_output, input, crow_indices, col_indices, *blocksize)
+    allow_tf32 = grad_output.is_cuda and _registration.allow_tf32()
+    return _ops.block_sparse_linear_weight_gradient(
+        grad_output, input, crow_indices, col_indices, *blocksize, allow_tf32
+    )
 
 
 def ablate_linear(output: Tensor, input: Tensor, weight: Tensor, pieces: Tensor) -> Tensor:

@@ -1,0 +1,333 @@
+"""The PTX of block_sparse_linear_weight_gradient.cu in the simulator: values, races, bounds, mutants."""
+
+import itertools
+import os
+from dataclasses import dataclass, fields, replace
+
+import numpy as np
+import pytest
+
+from . import harness
+from .harness_weight_gradient import OP, block_sparse_linear_weight_gradient, to_float
+from .mutants import mutants_of, unnoticed
+
+pytestmark = pytest.mark.skipif(
+    harness.unavailable_reason() is not None, reason=harness.unavailable_reason() or ""
+)
+# All edges of all types and all mutants, some minutes (`make cuda-check`); else a sample of them.
+FULL_SWEEP = os.environ.get("FASTPRUNE_PTX_SWEEP") == "full"
+SCHEDULES = [("forward", 0), ("reverse", 0), ("random", 1), ("random", 2)]
+EPSILON = float(np.finfo(np.float32).eps)
+# Half a unit in the last place: of each operand as the kernel multiplies it, and of the result.
+OPERAND_ROUNDING = {"f32": 0.0, "tf32": 2.0**-11, "f16": 0.0, "bf16": 0.0}
+RESULT_ROUNDING = {"f32": 0.0, "tf32": 0.0, "f16": 2.0**-11, "bf16": 2.0**-8}
+
+
+def convert(array: np.ndarray, kind: str) -> np.ndarray:
+    """Round to a type; bfloat16 as its bits."""
+    if kind == "bf16":
+        bits = np.where(np.isnan(array), np.nan, array).astype(np.float32).view(np.uint32)
+        return ((bits + 0x7FFF + (bits >> 16 & 1)) >> 16).astype(np.uint16)
+    return array.astype(np.float16 if kind == "f16" else np.float32)
+
+
+@dataclass(frozen=True)
+class Case:
+    """One call; a thread block's tile is 128 kept columns of a block row."""
+
+    kind: str = "bf16"
+    samples: int = 40
+    in_features: int = 80
+    out_features: int = 48
+    rows: int = 16
+    cols: int = 16
+    density: float = 0.6
+    row_gap: int = 0  # elements between the rows of both operands
+    aligned: bool = False  # rows that begin at multiples of 8 elements
+    poisoned: bool = False  # every operand is NaN, and every gradient but its padding
+    offset: int = 0  # of both operands, after a multiple of 16 bytes
+    seed: int = 0
+
+    def __str__(self) -> str:
+        unusual = (f for f in fields(self) if getattr(self, f.name) != f.default)
+        return "-".join(f"{f.name}={getattr(self, f.name)}" for f in unusual) or "usual"
+
+    def operand(self, rng: np.random.Generator, features: int) -> np.ndarray:
+        stride = features + self.row_gap + (-(features + self.row_gap) % 8 if self.aligned else 0)
+        dense = rng.standard_normal((self.samples, stride)) + (np.nan if self.poisoned else 0)
+        return convert(dense, self.kind)[:, :features]
+
+    def arguments(self) -> dict:
+        """Make random arguments, with an empty block row where some blocks are lost."""
+        rng = np.random.default_rng([self.seed, *map(ord, repr(self))])
+        block_rows, block_cols = -(-self.out_features // self.rows), -(-self.in_features // self.cols)
+        mask = rng.random((block_rows, block_cols)) < self.density
+        if 0 < self.density < 1 and block_rows > 1:
+            mask[rng.integers(block_rows)] = False
+        return {
+            "grad_output": self.operand(rng, self.out_features),
+            "input": self.operand(rng, self.in_features),
+            "crow_indices": np.concatenate([[0], mask.sum(1).cumsum()]).astype(np.int32),
+            "col_indices": np.argwhere(mask)[:, 1].astype(np.int32),
+            "blocksize": (self.rows, self.cols),
+            "allow_tf32": self.kind == "tf32",
+            "offset": self.offset,
+        }
+
+
+def kept_blocks(dense: np.ndarray, arguments: dict) -> np.ndarray:
+    """Return the kept blocks ``[kept, cols, rows]`` of a matrix ``[in_features, out_features]``."""
+    crow, col, (rows, cols) = (arguments[name] for name in ("crow_indices", "col_indices", "blocksize"))
+    blocks = np.zeros((len(col), cols, rows))
+    for block_row, (begin, end) in enumerate(itertools.pairwise(crow)):
+        for k in range(begin, end):
+            part = dense[col[k] * cols :, block_row * rows :][:cols, :rows]
+            blocks[k, : part.shape[0], : part.shape[1]] = part
+    return blocks
+
+
+def wrong_values(kind: str, arguments: dict, output: np.ndarray) -> list[str]:
+    """Compare with float64; the bound is that of a chain of float32 multiply-adds of rounded operands."""
+    grad_output, input = to_float(arguments["grad_output"]), to_float(arguments["input"])
+    expected = kept_blocks(input.T @ grad_output, arguments)
+    magnitude = kept_blocks(np.abs(input).T @ np.abs(grad_output), arguments)
+    relative = (len(input) + 2) * EPSILON + 2.001 * OPERAND_ROUNDING[kind]
+    bound = relative * magnitude + RESULT_ROUNDING[kind] * (1 + relative) * np.abs(expected)
+    values = to_float(output)
+    wrong = np.argwhere(~(np.abs(values - expected) <= bound) & ~(np.isnan(values) & np.isnan(expected)))
+    return [f"{len(wrong)} wrong values, the first at {wrong[0]}"] if len(wrong) else []
+
+
+def run(case: Case, **options) -> tuple[np.ndarray, list[str], dict]:
+    arguments = case.arguments()
+    output, findings, plan = block_sparse_linear_weight_gradient(**arguments, **options)
+    return output, findings + wrong_values(case.kind, arguments, output), plan
+
+
+def with_blocks(kind: str, rows: int, cols: int, **sizes: int) -> list[Case]:
+    """Two block rows and three block columns, once whole and once ragged, which is narrow too."""
+    whole = Case(kind=kind, rows=rows, cols=cols, out_features=2 * rows, in_features=3 * cols, **sizes)
+    ragged = {"out_features": 2 * rows - rows // 2, "in_features": 3 * cols - cols // 2 - cols % 2}
+    return [whole, replace(whole, **ragged), replace(whole, **ragged, aligned=True)]
+
+
+# One below, at and above a fragment, a stage (16 of float32, 32 of 16 bits), the stages that are
+# under way (3 and 4), and the samples from which there are two and three slices.
+SAMPLES = [1, 7, 8, 9, 15, 16, 17, 31, 32, 33, 47, 48, 49, 63, 64, 65, 95, 96, 97, 127, 128, 129, 160, 161]
+SLICES = [255, 256, 257, 511, 512, 513, 767, 768, 769]
+TENSOR_CORE_BLOCKS = [16, 32, 48, 64, 80, 96, 112, 128]
+PLAIN_BLOCKS = [1, 2, 3, 7, 8, 9, 15, 16, 17, 31, 32, 33, 63, 64, 65, 127, 128]
+KINDS = ["bf16", "f16", "tf32"]
+
+EDGES = [
+    *(case for kind in KINDS for size in (16, 32, 64, 128) for case in with_blocks(kind, size, size)),
+    *(case for kind in ("f32", "bf16") for sizes in ((5, 3), (40, 7)) for case in with_blocks(kind, *sizes)),
+    *(Case(kind=kind, samples=samples) for kind in ("bf16", "tf32", "f32") for samples in (1, 17, 33, 129)),
+    *(Case(kind=kind, samples=513, in_features=30, out_features=16) for kind in ("bf16", "f32")),
+    Case(density=0.0),
+    Case(density=1.0, in_features=272, row_gap=8),
+    Case(kind="f16", offset=1),
+    Case(kind="tf32", offset=3),
+    # More block rows than a warp looks at in one step.
+    Case(kind="f32", rows=1, cols=2, out_features=70, in_features=20),
+]
+if FULL_SWEEP:
+    EDGES += [
+        *(Case(kind=kind, samples=samples) for kind in (*KINDS, "f32") for samples in SAMPLES),
+        *(
+            Case(kind=kind, samples=samples, in_features=30, out_features=16)
+            for kind in (*KINDS, "f32", "f16")
+            for samples in SLICES
+        ),
+        *(
+            case
+            for rows, cols in itertools.product(TENSOR_CORE_BLOCKS, TENSOR_CORE_BLOCKS)
+            for case in with_blocks(KINDS[(rows + cols) // 16 % 3], rows, cols)
+        ),
+        *(
+            case
+            for size in PLAIN_BLOCKS
+            for other in (1, 5, 16, 33)
+            for case in with_blocks("f32", size, other) + with_blocks("f16", other, size)
+        ),
+        # The tiles of a block row end below, at and above its columns, and begin anywhere.
+        *(
+            Case(kind=kind, samples=5, rows=16, cols=16, in_features=features, density=density)
+            for kind in ("bf16", "f32")
+            for features in (1, 15, 17, 112, 127, 128, 129, 144, 256, 257, 272)
+            for density in (0.5, 1.0)
+        ),
+        *(Case(kind=kind, row_gap=gap) for kind in (*KINDS, "f32") for gap in (1, 2, 4, 7, 8)),
+        *(Case(kind=kind, offset=offset) for kind in KINDS for offset in range(1, 9)),
+        *(
+            Case(kind="f32", samples=2, rows=1, cols=1, out_features=block_rows, in_features=2)
+            for block_rows in (1, 2, 31, 32, 33, 34, 63, 64, 65, 1023, 1024, 1025, 1026)
+        ),
+    ]
+
+
+@pytest.mark.parametrize("case", dict.fromkeys(EDGES), ids=str)
+def test_clean_and_right_on_every_schedule(case):
+    outputs = []
+    for order, seed in SCHEDULES:
+        output, findings, _ = run(case, order=order, seed=seed)
+        assert findings == []
+        outputs.append(output.tobytes())
+    assert len(set(outputs)) == 1, "the bits depend on the schedule"
+
+
+@pytest.mark.parametrize("kind", ["bf16", "tf32", "f32"])
+def test_the_ptx_of_hopper_is_clean_and_right(kind):
+    for case in with_blocks(kind, 16, 32):
+        assert run(case, arch="compute_90")[1] == []
+
+
+def test_each_type_takes_the_kernel_that_it_should():
+    kernels = {
+        run(case)[2]["product"]["kernel"].removeprefix(f"{OP}_")
+        for kind in (*KINDS, "f32")
+        for rows in (16, 8)
+        for case in (Case(kind=kind, rows=rows, out_features=2 * rows),)
+    }
+    assert kernels == {"bf16_16", "f16_16", "tf32_16"} | {
+        f"plain_{name}_16" for name in ("bf16", "f16", "f32")
+    }
+    assert run(Case(row_gap=1))[2]["product"]["kernel"] == f"{OP}_bf16_16_narrow"
+
+
+@pytest.mark.parametrize("kind", [*KINDS, "f32"])
+def test_no_samples_give_zeros_and_no_blocks_launch_nothing(kind):
+    output, findings, _ = run(Case(kind=kind, samples=0))
+    assert findings == []
+    assert output.size > 0
+    assert not output.any()
+    assert run(Case(kind=kind, density=0.0))[2]["product"]["grid"][0] == 0
+
+
+@pytest.mark.parametrize("kind", [*KINDS, "f32"])
+def test_infinity_and_nan_stay_in_their_row_or_column_and_out_of_the_padding(kind):
+    case = Case(kind=kind, in_features=75, out_features=43, density=1.0)
+    arguments = case.arguments()
+    clean = to_float(block_sparse_linear_weight_gradient(**arguments)[0])
+    arguments["grad_output"][3, 40] = convert(np.array(np.inf), kind)
+    arguments["input"][5, 70] = convert(np.array(np.nan), kind)
+    output, findings, _ = block_sparse_linear_weight_gradient(**arguments)
+    assert findings == []
+    touched = np.zeros((75, 43))
+    touched[:, 40] = touched[70] = 1
+    touched = kept_blocks(touched, arguments) != 0
+    np.testing.assert_array_equal(~np.isfinite(to_float(output)), touched)
+    np.testing.assert_array_equal(to_float(output)[~touched], clean[~touched])
+
+
+@pytest.mark.parametrize("kind", ["bf16", "tf32", "f32"])
+def test_bits_depend_neither_on_the_other_blocks_nor_on_the_alignment(kind):
+    arguments = Case(kind=kind, density=1.0, samples=70, in_features=144).arguments()
+    together = block_sparse_linear_weight_gradient(**arguments)[0].reshape(3, 9, 16, 16)
+    for block in (0, 7, 8):
+        crow, col = np.array([0, 0, 1, 1], np.int32), np.array([block], np.int32)
+        alone = {**arguments, "crow_indices": crow, "col_indices": col, "offset": block % 4}
+        assert block_sparse_linear_weight_gradient(**alone)[0].tobytes() == together[1, block].tobytes()
+
+
+def mutant_cases(kind: str, *, narrow: bool = False) -> list[Case]:
+    """Meet every edge of a bound that a thread can be off by one at; the first find most."""
+    rows, cols = (13, 5) if kind == "f32" else (16, 16)
+    stage = 32 if kind in ("bf16", "f16") else 16
+    one = Case(kind=kind, rows=rows, cols=cols, out_features=rows, in_features=cols, density=1.0)
+    one = replace(one, aligned=not narrow, offset=1 if narrow else 0)
+    ends = [stage * step + stage * eighth // 8 for step in range(5) for eighth in (1, 3, 5, 7)]
+    edges = [(35, 6), (41, 7), (52, 14), (62, 15), (35, 12), (35, 13)]
+    if kind == "f32":
+        ends = list(range(1, 33))
+        edges = [(21 + row, row) for row in range(1, 13)]
+    return [
+        replace(one, samples=4 * stage + 1, in_features=9 * cols - 1, out_features=2 * rows - 1, density=0.7),
+        replace(one, samples=513, in_features=2 * cols - 7 % cols, out_features=2 * rows - 2),
+        *(replace(one, samples=samples) for samples in (0, *ends)),
+        *(
+            replace(one, samples=samples, in_features=wide, out_features=high, poisoned=True)
+            for samples in (3, 512)
+            for wide, high in edges
+        ),
+        *(
+            replace(one, samples=samples, in_features=blocks * cols)
+            for samples in (3, 512)
+            for blocks in ((2, 3, 4, 5) if kind == "f32" else (2, 3))
+        ),
+        *(
+            replace(one, samples=samples, rows=high, out_features=2 * high)
+            for samples in (3, 512)
+            for high in ((13, 14, 15, 12) if kind == "f32" else ())
+        ),
+        replace(one, samples=3, in_features=25 * cols + 3, out_features=2 * rows - 5),
+        replace(one, samples=3, in_features=2 * cols, out_features=35 * rows, density=0.5),
+    ]
+
+
+# Mutants that compute the same, by what is done to which source line, and how many there are.
+SEARCH = {
+    ("bound + 1", "while (high - low > 1) {"): 1,  # one step more over one block row
+    ("bound + 1", "if (tile.first_column >= tile.columns) return;"): 1,  # an empty tile stores nothing
+    ("no guard", "if (tile.first_column >= tile.columns) return;"): 1,
+}
+# Stages of zeros after the last, which nobody reads.
+STAGES = {("bound + 1", "if (step < steps) {"): 3}
+# One step of zeros where there are no samples.
+STEPS = {
+    (
+        "no guard",
+        "for (int begin = 0, parity = 0; begin < slice.samples; begin += kPlainStep, parity ^= 1) {",
+    ): 1
+}
+# Kept columns end at a multiple of 16, which only the first column of a fragment can be.
+BF16_COLUMNS = {("bound + 1", "if (column >= tile.columns) continue;"): 4}
+TF32_COLUMNS = {("bound + 1", "if (column >= tile.columns) continue;"): 6}
+
+
+def every_mutant_is_noticed(kernel: str, cases: list[Case], equivalent: dict, step: str = "product") -> None:
+    for case in cases:
+        assert run(case)[1] == [], case
+
+    def notices(ptx_transform) -> bool:
+        return any(
+            run(
+                case,
+                order=order,
+                ptx_transform=ptx_transform,
+                transformed=step,
+                max_instructions=2 * 10**6,
+            )[1]
+            for order, some in (("forward", cases), ("reverse", cases[:2]))
+            for case in some
+        )
+
+    mutants = mutants_of(OP, f"{OP}_{kernel}")
+    assert len(mutants) > 8
+    known = [mutant for mutant, count in equivalent.items() for _ in range(count)]
+    # The short sample takes the waits, the barriers, and some of each other kind.
+    chosen = [
+        m for i, m in enumerate(mutants) if FULL_SWEEP or m.kind in ("no barrier", "no wait") or i % 6 == 0
+    ]
+    assert unnoticed(chosen, notices, known) == []
+
+
+def test_every_mutant_on_tensor_cores_is_noticed():
+    every_mutant_is_noticed("bf16_16", mutant_cases("bf16"), {**SEARCH, **STAGES, **BF16_COLUMNS})
+
+
+@pytest.mark.skipif(not FULL_SWEEP, reason="FASTPRUNE_PTX_SWEEP=full runs it")
+def test_every_mutant_of_tf32_is_noticed():
+    every_mutant_is_noticed("tf32_16", mutant_cases("tf32"), {**SEARCH, **STAGES, **TF32_COLUMNS})
+
+
+@pytest.mark.skipif(not FULL_SWEEP, reason="FASTPRUNE_PTX_SWEEP=full runs it")
+def test_every_mutant_of_the_plain_kernel_is_noticed():
+    every_mutant_is_noticed("plain_f32_16", mutant_cases("f32"), {**SEARCH, **STEPS})
+
+
+def test_every_mutant_of_the_sum_of_slices_is_noticed():
+    block = Case(out_features=16, in_features=16, density=1.0)
+    cases = [replace(block, samples=256 * slices) for slices in range(2, 11)]
+    cases.append(replace(block, samples=512, rows=5, cols=3))  # not a whole number of thread blocks
+    every_mutant_is_noticed("sum_bf16", cases, {}, "sum")
