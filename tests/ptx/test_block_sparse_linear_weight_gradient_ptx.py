@@ -273,12 +273,13 @@ SEARCH = {
 }
 # Stages of zeros after the last, which nobody reads.
 STAGES = {("bound + 1", "if (step < steps) {"): 3}
-# One step of zeros where there are no samples.
+# One step of zeros: where there are no samples, and after the last sample.
 STEPS = {
     (
         "no guard",
         "for (int begin = 0, parity = 0; begin < slice.samples; begin += kPlainStep, parity ^= 1) {",
-    ): 1
+    ): 1,
+    ("bound + 1", "const bool exists = input && begin + s < slice.samples;"): 1,  # the loop's own end
 }
 # Kept columns end at a multiple of 16, which only the first column of a fragment can be.
 BF16_COLUMNS = {("bound + 1", "if (column >= tile.columns) continue;"): 4}
