@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -104,6 +105,14 @@ def make_problem(case: Case, device: torch.device, baselines: bool = True) -> Pr
     return problem
 
 
+def _op(name: str, *arguments: Any, tf32: bool) -> Tensor:
+    """Call an op itself: its wrapper would quietly take the dense way where a kernel is missing."""
+    op = getattr(torch.ops.fastprune, name).default
+    # An op that knows no tf32 computes in float32, which is as right.
+    knows = any(argument.name == "allow_tf32" for argument in op._schema.arguments)
+    return op(*arguments, allow_tf32=True) if tf32 and knows else op(*arguments)
+
+
 def _linear_problem(case: Case, device: torch.device) -> Problem:
     rows, cols = -(-case.out_features // case.blocksize), -(-case.in_features // case.blocksize)
     mask = torch.ones(rows * cols, dtype=torch.bool, device=device)
@@ -114,17 +123,18 @@ def _linear_problem(case: Case, device: torch.device) -> Problem:
     structure = (weight.crow_indices, weight.col_indices)
     input = torch.randn(case.samples, case.in_features, device=device).to(case.torch_dtype)
     upstream = torch.randn(case.samples, case.out_features, device=device).to(case.torch_dtype)
-    ops = torch.ops.fastprune
+    tf32 = case.dtype == "tf32"
     divides = case.out_features % case.blocksize == 0 and case.in_features % case.blocksize == 0
     # torch's block-sparse kernels are written in Triton, for a GPU.
     bsr = weight.to_torch_bsr() if divides and device.type == "cuda" else None
 
     functions: dict[str, Callable[[], Tensor]]
-    # The ops themselves: the wrappers would quietly take the dense way where a kernel is missing.
     if case.op == "forward":
         functions = {
-            "fastprune": lambda: ops.block_sparse_linear_inference(
-                input, weight.packed_values, *structure, None, case.out_features, "none"
+            "fastprune": lambda: _op(
+                "block_sparse_linear_inference",
+                *(input, weight.packed_values, *structure, None, case.out_features, "none"),
+                tf32=tf32,
             ),
             "dense": lambda: F.linear(input, dense),
         }
@@ -132,15 +142,19 @@ def _linear_problem(case: Case, device: torch.device) -> Problem:
             functions["torch BSR"] = lambda: F.linear(input, bsr)
     elif case.op == "input gradient":
         functions = {
-            "fastprune": lambda: ops.block_sparse_linear_input_gradient(
-                upstream, weight.packed_values, *structure, case.in_features
+            "fastprune": lambda: _op(
+                "block_sparse_linear_input_gradient",
+                *(upstream, weight.packed_values, *structure, case.in_features),
+                tf32=tf32,
             ),
             "dense": lambda: upstream @ dense,
         }
     else:
         functions = {
-            "fastprune": lambda: ops.block_sparse_linear_weight_gradient(
-                upstream, input, *structure, case.blocksize, case.blocksize
+            "fastprune": lambda: _op(
+                "block_sparse_linear_weight_gradient",
+                *(upstream, input, *structure, case.blocksize, case.blocksize),
+                tf32=tf32,
             ),
             "dense": lambda: upstream.T @ input,
         }

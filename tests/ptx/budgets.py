@@ -42,6 +42,13 @@ BUDGETS = {
     # Any block, plain multiply-adds.
     "block_sparse_linear_*": Budget(72, 10_752),
     "transposed_structure": Budget(40, 32),
+    "ablate_linear_f32": Budget(64, 8_704),
+    "ablated_cross_entropy_f32": Budget(128, 0),
+    # A warp's 16 KiB of shared memory bound the residency, not its registers.
+    "ablated_mlp_cross_entropy_*_f32": Budget(160, 32_768),
+    "transpose_to_panel_f32": Budget(40, 4_224),
+    "softmax_panel_f32": Budget(64, 0),
+    "sum_spans_f64": Budget(40, 0),
 }
 
 
