@@ -1,7 +1,14 @@
 # The module `_C_cuda`, built where torch has CUDA and nvcc is found, and the target `cuda-check`,
 # which needs nvcc alone. FASTPRUNE_CUDA_STATUS says what was done, and why.
-set(FASTPRUNE_CUDA_SOURCES csrc/kernels/cuda/block_sparse_linear.cu)
+set(FASTPRUNE_CUDA_SOURCES csrc/kernels/cuda/block_sparse_linear.cu
+                           csrc/kernels/cuda/loss_panels.cu
+                           csrc/kernels/cuda/ablate_linear.cu
+                           csrc/kernels/cuda/ablated_cross_entropy.cu
+                           csrc/kernels/cuda/ablated_mlp_cross_entropy.cu)
 set(FASTPRUNE_CUDA_BINDINGS csrc/bindings/cuda_module.cpp
+                            csrc/bindings/ablate_linear_cuda.cpp
+                            csrc/bindings/ablated_cross_entropy_cuda.cpp
+                            csrc/bindings/ablated_mlp_cross_entropy_cuda.cpp
                             csrc/bindings/block_sparse_linear_cuda.cpp)
 
 if(CMAKE_CUDA_COMPILER)
