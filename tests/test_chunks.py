@@ -123,3 +123,11 @@ def test_the_same_call_gives_the_same_bits():
 def test_a_budget_that_is_no_number_of_bytes_is_refused(budget):
     with pytest.raises(ValueError, match="memory_budget"):
         fp.score(mlp(), classification_batches(), memory_budget=budget, progress=False)
+
+
+def test_more_samples_fit_at_once_where_launches_cost(monkeypatch):
+    model = mlp(64, 256, 10).eval()
+    traced = TracedModel.trace(model)
+    values = traced.run(Batch((torch.randn(32, 64),), {}, None, 32))
+    monkeypatch.setattr(torch.Tensor, "is_cuda", True)
+    assert samples_at_once(values, 32, 1 << 40) == (128 << 20) // (256 * 4)

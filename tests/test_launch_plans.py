@@ -144,3 +144,60 @@ def test_gradient_sizes_that_no_grid_covers_are_named(sizes: dict[str, int]) -> 
 def test_an_unknown_dtype_is_named() -> None:
     with pytest.raises(ValueError, match="`dtype` must be 'float32', 'float16' or 'bfloat16', got 'float64'"):
         gradient_plan(dtype="float64")
+
+
+def loss_plan(samples: int = 300, features: int = 8, classes: int = 10, num_pieces: int = 9):
+    return _C.plan_ablated_cross_entropy_cuda(
+        samples=samples, features=features, classes=classes, num_pieces=num_pieces
+    )
+
+
+def test_a_warp_for_each_piece_and_span_of_samples() -> None:
+    plan = loss_plan()
+    assert (plan["kernel"], plan["block"]) == ("ablated_cross_entropy_f32", (128, 1, 1))
+    assert (plan["span"], plan["spans"], plan["grid"]) == (128, 3, (3 * 3, 1, 1))
+    # Spans grow with the pieces, so that their sums stay fewer than a million.
+    plan = loss_plan(samples=1000, num_pieces=2**18)
+    assert (plan["span"], plan["spans"]) == (256, 4)
+    assert loss_plan(samples=10**6, num_pieces=2**21)["spans"] == 1
+
+
+@pytest.mark.parametrize("empty", [{"samples": 0}, {"num_pieces": 0}])
+def test_no_loss_delta_has_an_empty_grid(empty: dict[str, int]) -> None:
+    assert loss_plan(**empty)["grid"] == (0, 1, 1)
+
+
+@pytest.mark.parametrize("name", ["samples", "features", "classes", "num_pieces"])
+@pytest.mark.parametrize("size", [-1, INT64_MAX])
+def test_sizes_that_no_loss_grid_covers_are_refused(name: str, size: int) -> None:
+    with pytest.raises(ValueError, match="no CUDA grid"):
+        loss_plan(**{name: size})
+
+
+def test_hidden_units_stay_within_the_shared_memory_of_every_gpu() -> None:
+    kernels = []
+    for activation in range(5):
+        plan = _C.plan_ablated_mlp_cross_entropy_cuda(
+            samples=129, in_features=3, hidden=4, classes=2, num_pieces=3, activation=activation
+        )
+        assert (plan["grid"], plan["block"], plan["shared_bytes"]) == ((2 * 2, 1, 1), (64, 1, 1), 0)
+        kernels.append(plan["kernel"])
+    assert len(set(kernels)) == 5
+    with pytest.raises(ValueError, match="no CUDA grid"):
+        _C.plan_ablated_mlp_cross_entropy_cuda(
+            samples=1, in_features=1, hidden=1, classes=2, num_pieces=1, activation=5
+        )
+
+
+def test_ablate_linear_has_a_thread_block_for_each_tile_of_each_piece() -> None:
+    def ablate_plan(samples: int = 65, out_features: int = 64, num_pieces: int = 3):
+        return _C.plan_ablate_linear_cuda(
+            samples=samples, in_features=5, out_features=out_features, num_pieces=num_pieces
+        )
+
+    assert ablate_plan()["grid"] == (2 * 1 * 3, 1, 1)
+    assert ablate_plan(out_features=65)["grid"] == (2 * 2 * 3, 1, 1)
+    assert ablate_plan(samples=0)["grid"] == (0, 1, 1)
+    for sizes in ({"samples": INT64_MAX}, {"out_features": INT64_MAX}, {"num_pieces": INT32_MAX}):
+        with pytest.raises(ValueError, match="no CUDA grid"):
+            ablate_plan(**sizes)

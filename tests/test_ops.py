@@ -93,3 +93,20 @@ def test_a_wrong_instruction_set_in_the_environment_is_named_at_the_first_kernel
     assert result.stdout.strip() == "imported"
     assert "'sse9' is not available" in result.stderr
     assert "FASTPRUNE_CPU_ISA" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("is_cuda", "dtype", "reason", "served"),
+    [
+        (False, torch.float32, "not built", True),
+        (False, torch.float64, "not built", True),
+        (False, torch.float16, None, False),
+        (True, torch.float32, None, True),
+        (True, torch.float64, None, False),
+        (True, torch.float32, "not built", False),
+    ],
+)
+def test_where_the_ablation_ops_have_kernels(monkeypatch, is_cuda, dtype, reason, served):
+    monkeypatch.setattr("fastprune._library._cuda_unavailable", reason)
+    monkeypatch.setattr(torch.Tensor, "is_cuda", is_cuda)
+    assert fp.ops.has_ablation_kernels(torch.zeros(1, dtype=dtype)) is served

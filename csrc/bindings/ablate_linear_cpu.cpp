@@ -39,14 +39,7 @@ Tensor run(const Tensor& output, const Tensor& input, const Tensor& weight, cons
 
 Tensor ablate_linear_cpu(const Tensor& output, const Tensor& input, const Tensor& weight,
                          const Tensor& pieces) {
-  check_dim(kOp, "output", output, 2);
-  with_floating_type(kOp, "output", output, [](auto) {});
-  check_matrix(kOp, "input", input, output);
-  check_matrix(kOp, "weight", weight, output);
-  check_piece_tensor(kOp, pieces, output);
-  check_size(kOp, "input", input, 0, output.size(0));
-  check_size(kOp, "weight", weight, 0, output.size(1));
-  check_size(kOp, "weight", weight, 1, input.size(1));
+  check_ablate_linear(kOp, output, input, weight, pieces);
   Tensor result;
   with_floating_type(kOp, "output", output, [&](auto zero) {
     result = run<decltype(zero)>(with_contiguous_columns(output), with_contiguous_columns(input),

@@ -11,17 +11,6 @@ namespace {
 
 constexpr const char* kOp = "ablated_cross_entropy";
 
-void check_arguments(const Tensor& logits, const Tensor& hidden, const Tensor& weight,
-                     const Tensor& targets, const Tensor& pieces,
-                     const std::optional<Tensor>& sample_weight) {
-  check_cross_entropy_arguments(kOp, logits, targets, pieces, sample_weight);
-  check_matrix(kOp, "hidden", hidden, logits);
-  check_matrix(kOp, "weight", weight, logits);
-  check_size(kOp, "hidden", hidden, 0, logits.size(0));
-  check_size(kOp, "weight", weight, 0, logits.size(1));
-  check_size(kOp, "weight", weight, 1, hidden.size(1));
-}
-
 template <class T>
 Tensor run(const Tensor& logits, const Tensor& hidden, const Tensor& weight, const Tensor& targets,
            const Tensor& pieces, const std::optional<Tensor>& sample_weight) {
@@ -49,7 +38,7 @@ Tensor run(const Tensor& logits, const Tensor& hidden, const Tensor& weight, con
 Tensor ablated_cross_entropy_cpu(const Tensor& logits, const Tensor& hidden, const Tensor& weight,
                                  const Tensor& targets, const Tensor& pieces,
                                  const std::optional<Tensor>& sample_weight) {
-  check_arguments(logits, hidden, weight, targets, pieces, sample_weight);
+  check_ablated_cross_entropy(kOp, logits, hidden, weight, targets, pieces, sample_weight);
   std::optional<Tensor> contiguous_weight;
   if (sample_weight) contiguous_weight = as_contiguous(*sample_weight);
   Tensor result;

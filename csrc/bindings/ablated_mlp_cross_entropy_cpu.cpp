@@ -12,22 +12,6 @@ namespace {
 
 constexpr const char* kOp = "ablated_mlp_cross_entropy";
 
-void check_arguments(const Tensor& logits, const Tensor& input, const Tensor& pre_activation,
-                     const Tensor& first_weight, const Tensor& second_weight, const Tensor& targets,
-                     const Tensor& pieces, const std::optional<Tensor>& sample_weight) {
-  check_cross_entropy_arguments(kOp, logits, targets, pieces, sample_weight);
-  check_matrix(kOp, "input", input, logits);
-  check_matrix(kOp, "pre_activation", pre_activation, logits);
-  check_matrix(kOp, "first_weight", first_weight, logits);
-  check_matrix(kOp, "second_weight", second_weight, logits);
-  check_size(kOp, "input", input, 0, logits.size(0));
-  check_size(kOp, "pre_activation", pre_activation, 0, logits.size(0));
-  check_size(kOp, "first_weight", first_weight, 0, pre_activation.size(1));
-  check_size(kOp, "first_weight", first_weight, 1, input.size(1));
-  check_size(kOp, "second_weight", second_weight, 0, logits.size(1));
-  check_size(kOp, "second_weight", second_weight, 1, pre_activation.size(1));
-}
-
 template <class T>
 Tensor run(const Tensor& logits, const Tensor& input, const Tensor& pre_activation,
            const Tensor& first_weight, const Tensor& second_weight, const Tensor& targets,
@@ -65,8 +49,8 @@ Tensor ablated_mlp_cross_entropy_cpu(const Tensor& logits, const Tensor& input,
                                      const Tensor& pieces, const std::string& activation_name,
                                      const std::optional<Tensor>& sample_weight) {
   const Activation activation = parse_activation(kOp, activation_name);
-  check_arguments(logits, input, pre_activation, first_weight, second_weight, targets, pieces,
-                  sample_weight);
+  check_ablated_mlp_cross_entropy(kOp, logits, input, pre_activation, first_weight, second_weight,
+                                  targets, pieces, sample_weight);
   std::optional<Tensor> contiguous_weight;
   if (sample_weight) contiguous_weight = as_contiguous(*sample_weight);
   Tensor result;

@@ -42,6 +42,58 @@ inline void check_cross_entropy_arguments(const char* op, const Tensor& logits,
   }
 }
 
+inline void check_ablated_cross_entropy(const char* op, const Tensor& logits, const Tensor& hidden,
+                                        const Tensor& weight, const Tensor& targets,
+                                        const Tensor& pieces,
+                                        const std::optional<Tensor>& sample_weight) {
+  check_cross_entropy_arguments(op, logits, targets, pieces, sample_weight);
+  check_matrix(op, "hidden", hidden, logits);
+  check_matrix(op, "weight", weight, logits);
+  check_size(op, "hidden", hidden, 0, logits.size(0));
+  check_size(op, "weight", weight, 0, logits.size(1));
+  check_size(op, "weight", weight, 1, hidden.size(1));
+}
+
+inline void check_ablated_mlp_cross_entropy(const char* op, const Tensor& logits,
+                                            const Tensor& input, const Tensor& pre_activation,
+                                            const Tensor& first_weight, const Tensor& second_weight,
+                                            const Tensor& targets, const Tensor& pieces,
+                                            const std::optional<Tensor>& sample_weight) {
+  check_cross_entropy_arguments(op, logits, targets, pieces, sample_weight);
+  check_matrix(op, "input", input, logits);
+  check_matrix(op, "pre_activation", pre_activation, logits);
+  check_matrix(op, "first_weight", first_weight, logits);
+  check_matrix(op, "second_weight", second_weight, logits);
+  check_size(op, "input", input, 0, logits.size(0));
+  check_size(op, "pre_activation", pre_activation, 0, logits.size(0));
+  check_size(op, "first_weight", first_weight, 0, pre_activation.size(1));
+  check_size(op, "first_weight", first_weight, 1, input.size(1));
+  check_size(op, "second_weight", second_weight, 0, logits.size(1));
+  check_size(op, "second_weight", second_weight, 1, pre_activation.size(1));
+}
+
+inline void check_ablate_linear(const char* op, const Tensor& output, const Tensor& input,
+                                const Tensor& weight, const Tensor& pieces) {
+  check_dim(op, "output", output, 2);
+  with_floating_type(op, "output", output, [](auto) {});
+  check_matrix(op, "input", input, output);
+  check_matrix(op, "weight", weight, output);
+  check_piece_tensor(op, pieces, output);
+  check_size(op, "input", input, 0, output.size(0));
+  check_size(op, "weight", weight, 0, output.size(1));
+  check_size(op, "weight", weight, 1, input.size(1));
+}
+
+// The CUDA kernels of the ablation ops are float32.
+inline void check_float_on_cuda(const char* op, const char* name, const Tensor& tensor) {
+  if (tensor.scalar_type() != ScalarType::Float) {
+    throw_value_error(op, ": on CUDA `", name, "` must have dtype Float, got ",
+                      dtype_text(tensor.scalar_type()));
+  }
+}
+
+// On the CPU alone, as check_pieces: on CUDA, where reading them would make the host wait, the
+// kernels give NaN instead.
 inline void check_targets(const char* op, const int64_t* targets, int64_t samples,
                           int64_t classes) {
   for (int64_t n = 0; n < samples; ++n) {

@@ -1,5 +1,8 @@
 #include "launch_plans.h"
 
+#include "../kernels/cuda/ablate_linear_plan.h"
+#include "../kernels/cuda/ablated_cross_entropy_plan.h"
+#include "../kernels/cuda/ablated_mlp_cross_entropy_plan.h"
 #include "../kernels/cuda/block_sparse_linear_plan.h"
 #include "../kernels/cuda/block_sparse_linear_weight_gradient_plan.h"
 #include "tensor_checks.h"
@@ -60,6 +63,70 @@ py::dict plan_block_sparse_linear_weight_gradient(int64_t samples, int64_t in_fe
   return result;
 }
 
+py::dict checked(const std::optional<LaunchPlan>& plan, const char* kernel) {
+  if (!plan) throw_value_error(kernel, ": no CUDA grid covers these sizes");
+  return as_dict(*plan);
+}
+
+// With the span of samples that one thread block sums, and the number of spans.
+template <class Plan>
+py::dict with_spans(const std::optional<Plan>& plan, const char* kernel) {
+  if (!plan) throw_value_error(kernel, ": no CUDA grid covers these sizes");
+  py::dict result = as_dict(plan->launch);
+  result["span"] = plan->grid.span;
+  result["spans"] = plan->grid.spans;
+  return result;
+}
+
+void define_loss_plans(py::module_& module) {
+  module.def(
+      "plan_transpose_to_panel_cuda",
+      [](int64_t rows, int64_t cols, int64_t multiple) {
+        return checked(plan_transpose_to_panel(rows, cols, multiple), "transpose_to_panel_f32");
+      },
+      py::kw_only(), py::arg("rows"), py::arg("cols"), py::arg("multiple"),
+      "Returns how a matrix is transposed for the loss-delta kernels.");
+  module.def(
+      "plan_softmax_panel_cuda",
+      [](int64_t samples, int64_t classes) {
+        return checked(plan_softmax_panel(samples, classes), "softmax_panel_f32");
+      },
+      py::kw_only(), py::arg("samples"), py::arg("classes"),
+      "Returns how the probabilities for the loss-delta kernels are computed.");
+  module.def(
+      "plan_sum_spans_cuda",
+      [](int64_t num_pieces) { return checked(plan_sum_spans(num_pieces), "sum_spans_f64"); },
+      py::kw_only(), py::arg("num_pieces"), "Returns how the sums of spans are added.");
+  module.def(
+      "plan_ablated_cross_entropy_cuda",
+      [](int64_t samples, int64_t features, int64_t classes, int64_t num_pieces) {
+        return with_spans(plan_ablated_cross_entropy_cuda(samples, features, classes, num_pieces),
+                          "ablated_cross_entropy_f32");
+      },
+      py::kw_only(), py::arg("samples"), py::arg("features"), py::arg("classes"),
+      py::arg("num_pieces"),
+      "Returns how the CUDA kernel is launched, and the spans of samples that it sums.");
+  module.def(
+      "plan_ablated_mlp_cross_entropy_cuda",
+      [](int64_t samples, int64_t in_features, int64_t hidden, int64_t classes, int64_t num_pieces,
+         int32_t activation) {
+        return with_spans(plan_ablated_mlp_cross_entropy_cuda(
+                              {samples, in_features, hidden, classes, num_pieces, activation}),
+                          "ablated_mlp_cross_entropy");
+      },
+      py::kw_only(), py::arg("samples"), py::arg("in_features"), py::arg("hidden"),
+      py::arg("classes"), py::arg("num_pieces"), py::arg("activation"),
+      "Returns how the CUDA kernel is launched, and the spans of samples that it sums.");
+  module.def(
+      "plan_ablate_linear_cuda",
+      [](int64_t samples, int64_t in_features, int64_t out_features, int64_t num_pieces) {
+        return checked(plan_ablate_linear_cuda(samples, in_features, out_features, num_pieces),
+                       "ablate_linear_f32");
+      },
+      py::kw_only(), py::arg("samples"), py::arg("in_features"), py::arg("out_features"),
+      py::arg("num_pieces"), "Returns how the CUDA kernel is launched.");
+}
+
 }  // namespace
 
 void define_launch_plans(py::module_& module) {
@@ -72,6 +139,7 @@ void define_launch_plans(py::module_& module) {
              py::arg("in_features"), py::arg("out_features"), py::arg("rows"), py::arg("cols"),
              py::arg("kept"), py::arg("dtype"), py::arg("allow_tf32"), py::arg("aligned"),
              "Returns how the CUDA kernels are launched: product, sum, slices, samples_per_slice.");
+  define_loss_plans(module);
 }
 
 }  // namespace fastprune

@@ -41,6 +41,30 @@ def _lacks_cuda_kernel(op: str, tensor: Tensor, supported: bool) -> bool:
     return True
 
 
+def _autocast_to_float32(tensor: Tensor) -> bool:
+    """Whether a tensor reaches a float32 kernel: as it is, or by way of autocast."""
+    return tensor.dtype == torch.float32 or (tensor.is_cuda and torch.is_autocast_enabled("cuda"))
+
+
+def has_ablation_kernels(tensor: Tensor) -> bool:
+    """Return whether the ablation ops have kernels for tensors of a device and dtype.
+
+    Where they have none, the ops give the same by way of all masked weights or logits, which takes far
+    more memory.
+
+    Example:
+        >>> fp.ops.has_ablation_kernels(torch.zeros(3))
+        True
+
+    Args:
+        tensor: the logits, or a layer's output.
+
+    """
+    if tensor.is_cuda:
+        return tensor.dtype == torch.float32 and _library.cuda_kernels_unavailable_reason() is None
+    return tensor.dtype in (torch.float32, torch.float64)
+
+
 def block_sparse_linear(
     input: Tensor,
     packed_values: Tensor,
@@ -208,7 +232,7 @@ def ablate_linear(output: Tensor, input: Tensor, weight: Tensor, pieces: Tensor)
         torch.Size([12, 100, 768])
 
     Args:
-        output: ``[samples, out_features]``, the layer's output; float32 or float64.
+        output: ``[samples, out_features]``, the layer's output; float32 or float64 (CUDA: float32).
         input: ``[samples, in_features]``, the layer's input.
         weight: ``[out_features, in_features]``.
         pieces: ``[pieces, 4]``, int32: row_begin, row_end, col_begin, col_end of a rectangle of ``weight``.
@@ -217,10 +241,11 @@ def ablate_linear(output: Tensor, input: Tensor, weight: Tensor, pieces: Tensor)
         ``[pieces, samples, out_features]``, contiguous, the dtype of ``output``.
 
     Raises:
-        ValueError: shapes, dtypes or devices disagree, or pieces are out of range.
+        ValueError: shapes, dtypes or devices disagree, or (CPU) pieces are out of range; on CUDA, where
+            reading them would make the host wait, such pieces give NaN.
 
     """
-    if _lacks_cuda_kernel("ablate_linear", output, False) or _is_transformed():
+    if _lacks_cuda_kernel("ablate_linear", output, _autocast_to_float32(output)) or _is_transformed():
         return reference.ablate_linear(output, input, weight, pieces)
     return _ops.ablate_linear(output, input, weight, pieces)
 
@@ -244,7 +269,8 @@ def ablated_cross_entropy(
         >>> loss_deltas = delta_sum / len(targets)          # one for each of 64 hidden units
 
     Args:
-        logits: ``[samples, classes]``, the last layer's output, its bias included; float32 or float64.
+        logits: ``[samples, classes]``, the last layer's output, its bias included; float32 or float64
+            (CUDA: float32).
         hidden: ``[samples, features]``, the last layer's input. Where masking a unit leaves an input of
             ``a`` and not 0 (a sigmoid's 0.5), pass ``hidden - a``.
         weight: ``[classes, features]``.
@@ -256,10 +282,11 @@ def ablated_cross_entropy(
         ``[pieces]``, float64: the sum over the samples of ``sample_weight * (masked loss - loss)``.
 
     Raises:
-        ValueError: shapes, dtypes or devices disagree, or targets or pieces are out of range.
+        ValueError: shapes, dtypes or devices disagree, or (CPU) targets or pieces are out of range; on
+            CUDA, where reading them would make the host wait, these give NaN.
 
     """
-    if _lacks_cuda_kernel("ablated_cross_entropy", logits, False) or _is_transformed():
+    if _lacks_cuda_kernel("ablated_cross_entropy", logits, _autocast_to_float32(logits)) or _is_transformed():
         return reference.ablated_cross_entropy(logits, hidden, weight, targets, pieces, sample_weight)
     return _ops.ablated_cross_entropy(logits, hidden, weight, targets, pieces, sample_weight)
 
@@ -290,7 +317,8 @@ def ablated_mlp_cross_entropy(
         >>> loss_deltas = (delta_sum / len(targets)).view(32, 49)
 
     Args:
-        logits: ``[samples, classes]``, the last layer's output, its bias included; float32 or float64.
+        logits: ``[samples, classes]``, the last layer's output, its bias included; float32 or float64
+            (CUDA: float32).
         input: ``[samples, in_features]``, the first layer's input.
         pre_activation: ``[samples, hidden]``, the first layer's output, its bias included.
         first_weight: ``[hidden, in_features]``.
@@ -305,12 +333,15 @@ def ablated_mlp_cross_entropy(
         ``[pieces]``, float64: the sum over the samples of ``sample_weight * (masked loss - loss)``.
 
     Raises:
-        ValueError: shapes, dtypes or devices disagree, targets or pieces are out of range, or the activation
-            is unknown.
+        ValueError: shapes, dtypes or devices disagree, the activation is unknown, or (CPU) targets or pieces
+            are out of range; on CUDA, where reading them would make the host wait, these give NaN.
 
     """
     layers = (logits, input, pre_activation, first_weight, second_weight, targets, pieces)
-    if _lacks_cuda_kernel("ablated_mlp_cross_entropy", logits, False) or _is_transformed():
+    if (
+        _lacks_cuda_kernel("ablated_mlp_cross_entropy", logits, _autocast_to_float32(logits))
+        or _is_transformed()
+    ):
         return reference.ablated_mlp_cross_entropy(*layers, activation, sample_weight)
     return _ops.ablated_mlp_cross_entropy(
         *layers, "none" if activation is None else activation, sample_weight

@@ -18,6 +18,10 @@ PROBE_SAMPLES = 32
 # pages for every tensor.
 _LARGEST_VALUE = 8 << 20
 
+# On a GPU a launch costs some microseconds, in which it reads or writes some megabytes: values are many times
+# that, so that the launches of a suffix do not count.
+_LARGEST_VALUE_ON_CUDA = 128 << 20
+
 # A suffix holds new values beside the kept ones, and kernels hold copies.
 _SHARE_OF_BUDGET = 0.3
 
@@ -43,15 +47,17 @@ def samples_at_once(values: dict[fx.Node, Any], samples: int, memory_budget: int
         memory_budget: bytes.
 
     """
-    storages = {
-        tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes()
+    tensors = [
+        tensor
         for node, value in values.items()
         if node.op not in ("placeholder", "get_attr")
         for tensor in tree_leaves(value)
         if isinstance(tensor, Tensor)
-    }
-    if not storages:
+    ]
+    if not tensors:
         return samples
+    storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors}
+    most = _LARGEST_VALUE_ON_CUDA if any(tensor.is_cuda for tensor in tensors) else _LARGEST_VALUE
     largest, total = max(storages.values()) / samples, sum(storages.values()) / samples
-    fitting = min(_LARGEST_VALUE / max(largest, 1), _SHARE_OF_BUDGET * memory_budget / max(total, 1))
+    fitting = min(most / max(largest, 1), _SHARE_OF_BUDGET * memory_budget / max(total, 1))
     return max(1, int(fitting))

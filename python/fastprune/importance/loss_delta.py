@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, fx, nn
 
+from .. import ops
 from ..batches import Batch, Loss, OutputTransform, read_logits
 from ..channel_changes import run_changed
 from ..coupling import Coupled
@@ -245,8 +246,7 @@ class LossDeltas:
             or targets.dtype != torch.int64
             or targets.dim() != 1
             or logits.dim() != 2
-            or logits.is_cuda
-            or logits.dtype not in (torch.float32, torch.float64)
+            or not ops.has_ablation_kernels(logits)
         ):
             return None
         kept = targets != self.loss.ignore_index
@@ -271,13 +271,14 @@ class LossDeltas:
                 self.pieces[name],
                 self._masked_with(name),
             )
-        deltas = torch.zeros_like(self.sums[name])
+        # Where the losses are: a number for each piece would make the host wait for the device.
+        deltas = torch.zeros_like(self.sums[name], device=losses.device)
         with contextlib.closing(outputs):  # what is masked comes back at once, also on an error
             for index, output in enumerate(outputs):
                 if output is not None:
                     logits = read_logits(output, self.output_transform)
                     masked_losses, _ = self.loss(logits, batch.targets, batch.size)
-                    deltas[index] = float((masked_losses - losses).sum())
+                    deltas[index] = (masked_losses - losses).sum()
                 if last:
                     self.advance(1)
         return deltas

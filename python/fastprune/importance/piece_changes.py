@@ -109,18 +109,19 @@ def _linear_columns(
     bounds = [(0, features, index * size, (index + 1) * size) for index in range(pieces)]
     at_once = max(1, _MASKED_BYTES // max(1, output.numel() * output.element_size()))
     inputs, outputs = source.flatten(0, -2), output.flatten(0, -2)
+    nonzero = (weight != 0).any(0).view(pieces, size).any(1).tolist()  # at once: on a GPU the host waits
     for begin in range(0, pieces, at_once):
         chunk = bounds[begin : begin + at_once]
-        nonzero = [bool(weight[:, first:last].any()) for _, _, first, last in chunk]
         masked: Iterable[Tensor]
-        if output.is_cuda or output.dtype not in (torch.float32, torch.float64) or size > _MOST_COLUMNS:
+        if not ops.has_ablation_kernels(output) or size > _MOST_COLUMNS:
             masked = (
                 add_product(outputs, inputs[:, first:last], weight[:, first:last], scale=-1)
                 for _, _, first, last in chunk
             )
         else:
-            masked = ops.ablate_linear(outputs, inputs, weight, torch.tensor(chunk, dtype=torch.int32))
-        for index, whole in enumerate(masked):
+            bounds_of_chunk = torch.tensor(chunk, dtype=torch.int32, device=output.device)
+            masked = ops.ablate_linear(outputs, inputs, weight, bounds_of_chunk)
+        for index, whole in enumerate(masked, begin):
             yield {node: whole.view(output.shape)} if nonzero[index] else None
 
 

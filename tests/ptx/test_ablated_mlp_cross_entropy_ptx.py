@@ -1,0 +1,198 @@
+"""The PTX of ablated_mlp_cross_entropy.cu, run in the simulator: values, races and bounds."""
+
+import itertools
+import os
+from dataclasses import dataclass
+
+import numpy as np
+import pytest
+import torch
+
+from fastprune import reference
+
+from . import harness, harness_loss
+from .loss_cases import (
+    SCHEDULES,
+    describe,
+    generator,
+    make_sample_weight,
+    make_targets,
+    pieces_of,
+    with_gaps,
+    wrong_deltas,
+)
+
+pytestmark = pytest.mark.skipif(
+    harness.unavailable_reason() is not None, reason=harness.unavailable_reason() or ""
+)
+FULL_SWEEP = os.environ.get("FASTPRUNE_PTX_SWEEP") == "full"
+ACTIVATIONS = (None, "relu", "gelu", "gelu_tanh", "silu")
+
+
+@dataclass(frozen=True)
+class Case:
+    """One call; a warp takes 128 samples, keeps 32 units or 16 units and 16 classes, four at a time."""
+
+    samples: int = 9
+    in_features: int = 5
+    hidden: int = 7
+    classes: int = 5
+    pieces: str = "corners"
+    activation: str | None = "relu"
+    scale: float = 1.0  # of both weights
+    margin: float = 0.0  # by which the labels' logits lie above the others: a trained network
+    targets: str = "random"
+    sample_weight: str = "none"
+    row_gap: int = 0
+
+    def arguments(self) -> dict:
+        rng = generator(self)
+        input = rng.standard_normal((self.samples, self.in_features)).astype(np.float32)
+        first = self.scale * rng.standard_normal((self.hidden, self.in_features)).astype(np.float32)
+        second = self.scale * rng.standard_normal((self.classes, self.hidden)).astype(np.float32)
+        before = (input @ first.T + rng.standard_normal(self.hidden)).astype(np.float32)
+        function = reference.ACTIVATIONS.get(self.activation, torch.clone)
+        logits = function(torch.from_numpy(before)).numpy() @ second.T
+        targets = make_targets(self.targets, logits, rng)
+        logits[np.arange(self.samples), targets] += np.float32(self.margin)
+        matrices = {
+            "logits": logits,
+            "input": input,
+            "pre_activation": before,
+            "first_weight": first,
+            "second_weight": second,
+        }
+        return {
+            **{name: with_gaps(matrix, self.row_gap) for name, matrix in matrices.items()},
+            "targets": targets,
+            "pieces": pieces_of(self.pieces, self.hidden, self.in_features),
+            "activation": self.activation,
+            "sample_weight": make_sample_weight(self.sample_weight, self.samples, rng),
+        }
+
+
+def run(case: Case, **options) -> tuple[np.ndarray, list[str]]:
+    arguments = case.arguments()
+    deltas, findings = harness_loss.ablated_mlp_cross_entropy(**arguments, **options)
+    return deltas, findings + wrong_deltas(deltas, reference.ablated_mlp_cross_entropy, arguments)
+
+
+# One below, at and above a lane's samples, a warp's samples, quads, the units that stay in shared
+# memory, and the chunks and classes of pieces that do not.
+SAMPLES = [1, 3, 4, 5, 127, 128, 129]
+# From 51 on, "corners" has a piece of more than 32 units that begins between two quads.
+HIDDEN = [1, 3, 4, 5, 15, 17, 31, 32, 33, 47, 48, 49, 51, 56, 59]
+CLASSES = [1, 2, 3, 4, 5, 15, 16, 17, 33]
+KINDS = ["columns", "rows", "whole", "none", "empty", "corners"]
+EDGES = [
+    *(Case(samples=samples) for samples in SAMPLES),
+    *(Case(hidden=hidden, activation=activation)
+      for hidden in HIDDEN for activation in ("relu", "gelu")),
+    *(Case(classes=classes, hidden=hidden, targets="wrong") for classes in CLASSES for hidden in (8, 33)),
+    *(Case(in_features=in_features) for in_features in (1, 2, 15, 17, 33)),
+    *(Case(pieces=pieces, hidden=hidden) for pieces in KINDS for hidden in (6, 34)),
+    *(Case(activation=activation, scale=scale, hidden=34, pieces="corners", samples=20)
+      for activation in ACTIVATIONS for scale in (1e-3, 0.1, 10.0)),
+    *(Case(activation=activation, scale=0.3, margin=margin, pieces="columns", samples=20)
+      for activation in ACTIVATIONS for margin in (5.0, 15.0)),
+    *(Case(sample_weight=kind, samples=samples) for kind in ("some", "zero") for samples in (5, 130)),
+    *(Case(row_gap=gap, samples=5) for gap in (1, 7)),
+]  # fmt: skip
+if FULL_SWEEP:
+    EDGES += [
+        Case(samples=samples, hidden=hidden, classes=classes, pieces=pieces, activation=activation)
+        for (samples, hidden, classes, pieces), activation in itertools.product(
+            itertools.product((1, 129), (4, 17, 33, 49), (2, 16, 17), ("columns", "corners")), ACTIVATIONS
+        )
+    ]
+
+
+@pytest.mark.parametrize("case", EDGES, ids=describe)
+def test_clean_and_right_on_every_schedule(case):
+    outputs = []
+    for order, seed in SCHEDULES:
+        deltas, findings = run(case, order=order, seed=seed)
+        assert findings == []
+        outputs.append(deltas.tobytes())
+    assert len(set(outputs)) == 1, "the bits depend on the schedule"
+
+
+def test_hopper_ptx_is_clean_too():
+    assert run(Case(samples=129, hidden=33, classes=17), arch="compute_90")[1] == []
+
+
+@pytest.mark.parametrize("hidden", [6, 40])
+def test_a_change_far_below_the_units_keeps_its_digits(hidden):
+    # f(z) - f(z - u) of plain float32 values would be 0 here.
+    arguments = Case(activation="gelu", samples=40, hidden=hidden, pieces="whole").arguments()
+    arguments["first_weight"] *= np.float32(1e-8)
+    deltas, findings = harness_loss.ablated_mlp_cross_entropy(**arguments)
+    assert findings == []
+    assert (deltas != 0).all()
+    doubled = {**arguments, "first_weight": arguments["first_weight"] * np.float32(2)}
+    twice, _ = harness_loss.ablated_mlp_cross_entropy(**doubled)
+    np.testing.assert_allclose(twice, 2 * deltas, rtol=1e-4)
+
+
+@pytest.mark.parametrize("hidden", [6, 34])
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("poisoned", ["logits", "input", "pre_activation"])
+def test_nan_is_not_swallowed(poisoned, activation, hidden):
+    arguments = Case(activation=activation, hidden=hidden, pieces="whole").arguments()
+    arguments[poisoned][5, 2] = np.nan
+    deltas, findings = harness_loss.ablated_mlp_cross_entropy(**arguments)
+    assert findings == []
+    assert np.isnan(deltas).all()
+
+
+def unlike_nan(name: str, index: int, value, **options) -> list[str]:
+    arguments = Case().arguments()
+    arguments[name][index] = value
+    deltas, findings = harness_loss.ablated_mlp_cross_entropy(**arguments, **options)
+    broken = np.isnan(deltas)
+    right = broken.all() if name == "targets" else broken.sum() == 1 and broken[index]
+    return findings if right else [*findings, "wrong values"]
+
+
+OUT_OF_RANGE = [
+    *(("targets", index, target) for index in range(4, 8) for target in (-1, 5)),
+    *(("pieces", 1, piece) for piece in ([-1, 2, 0, 1], [2, 1, 0, 1], [0, 8, 0, 1])),
+    *(("pieces", 1, piece) for piece in ([0, 1, -1, 1], [0, 1, 2, 1], [0, 1, 0, 6])),
+]
+
+
+@pytest.mark.parametrize(("name", "index", "value"), OUT_OF_RANGE)
+def test_what_is_out_of_range_gives_nan(name, index, value):
+    assert unlike_nan(name, index, value) == []
+
+
+def left_out(sample: int, **options) -> list[str]:
+    """A sample of weight 0 that holds NaN, or a target out of range."""
+    arguments = Case(sample_weight="some").arguments()
+    arguments["sample_weight"][sample] = 0
+    clean, _ = harness_loss.ablated_mlp_cross_entropy(**arguments)
+    arguments["logits"][sample] = np.nan
+    arguments["input"][sample] = np.inf
+    arguments["targets"][sample] = 77
+    deltas, findings = harness_loss.ablated_mlp_cross_entropy(**arguments, **options)
+    return findings if np.array_equal(deltas, clean) else [*findings, "wrong values"]
+
+
+@pytest.mark.parametrize("sample", range(9))
+def test_samples_of_weight_zero_stay_out_whatever_they_hold(sample):
+    assert left_out(sample) == []
+
+
+def with_class_at_minus_infinity(index: int, hidden: int, **options) -> list[str]:
+    """A class that the network rules out, where exponents are so large that the plain formula is taken."""
+    arguments = Case(8, 4, hidden, classes=6, scale=30.0, pieces="columns", targets="wrong").arguments()
+    arguments["logits"][:, index] = -np.inf
+    arguments["targets"][:] = (index + 1 + np.arange(8) % 5) % 6
+    deltas, findings = harness_loss.ablated_mlp_cross_entropy(**arguments, **options)
+    return findings + wrong_deltas(deltas, reference.ablated_mlp_cross_entropy, arguments)
+
+
+@pytest.mark.parametrize("hidden", [7, 34])
+@pytest.mark.parametrize("index", range(6))
+def test_a_class_at_minus_infinity_stays_out(index, hidden):
+    assert with_class_at_minus_infinity(index, hidden) == []
