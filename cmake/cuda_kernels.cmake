@@ -1,6 +1,9 @@
 # The module `_C_cuda`, built where torch has CUDA and nvcc is found, and the target `cuda-check`,
 # which needs nvcc alone. FASTPRUNE_CUDA_STATUS says what was done, and why.
-set(FASTPRUNE_CUDA_SOURCES csrc/kernels/cuda/block_sparse_linear.cu)
+set(FASTPRUNE_CUDA_SOURCES
+    csrc/kernels/cuda/block_sparse_linear.cu csrc/kernels/cuda/block_sparse_linear_bf16.cu
+    csrc/kernels/cuda/block_sparse_linear_f16.cu csrc/kernels/cuda/block_sparse_linear_tf32.cu
+    csrc/kernels/cuda/transposed_structure.cu)
 set(FASTPRUNE_CUDA_BINDINGS csrc/bindings/cuda_module.cpp
                             csrc/bindings/block_sparse_linear_cuda.cpp)
 

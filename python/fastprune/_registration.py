@@ -20,8 +20,10 @@ def _check(condition: bool, message: str) -> None:
 
 
 def _check_floating(op: str, name: str, tensor: Tensor) -> None:
-    dtypes = (torch.float32,) if tensor.is_cuda else (torch.float32, torch.float64)
-    _check(tensor.dtype in dtypes, f"{op}: `{name}` must have dtype float32 or float64, got {tensor.dtype}")
+    on_cuda = (torch.float32, torch.float16, torch.bfloat16)
+    dtypes = on_cuda if tensor.is_cuda else (torch.float32, torch.float64)
+    names = ", ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
+    _check(tensor.dtype in dtypes, f"{op}: `{name}` must have dtype {names}, got {tensor.dtype}")
     _check(tensor.dim() >= 1, f"{op}: `{name}` must have at least 1 dimension, got 0")
 
 
@@ -80,6 +82,7 @@ def _block_sparse_linear_fake(
     bias: Tensor | None,
     out_features: int,
     activation: str,
+    allow_tf32: bool = False,
 ) -> Tensor:
     op = "block_sparse_linear"
     _check_activation(op, activation)
@@ -95,7 +98,12 @@ def _block_sparse_linear_fake(
 
 
 def _block_sparse_linear_input_gradient_fake(
-    grad_output: Tensor, packed_values: Tensor, crow_indices: Tensor, col_indices: Tensor, in_features: int
+    grad_output: Tensor,
+    packed_values: Tensor,
+    crow_indices: Tensor,
+    col_indices: Tensor,
+    in_features: int,
+    allow_tf32: bool = False,
 ) -> Tensor:
     op = "block_sparse_linear_input_gradient"
     _check_floating(op, "grad_output", grad_output)
@@ -126,19 +134,21 @@ def _block_sparse_linear_weight_gradient_fake(
 
 
 # The three ops are each other's gradients: y = x W^T, dx = dy W and dW = dy^T x in the kept blocks are linear
-# in both of their tensors. On CUDA, where only the first has a kernel, the twins stand in for the others.
+# in both of their tensors. On CUDA, where the third has no kernel, its twin stands in.
 
 
-def _product(input: Tensor, packed_values: Tensor, structure: tuple, out_features: int) -> Tensor:
-    return _ops.block_sparse_linear(input, packed_values, *structure, None, out_features, "none")
+def _product(
+    input: Tensor, packed_values: Tensor, structure: tuple, out_features: int, allow_tf32: bool
+) -> Tensor:
+    return _ops.block_sparse_linear(input, packed_values, *structure, None, out_features, "none", allow_tf32)
 
 
-def _input_gradient(grad_output: Tensor, packed_values: Tensor, structure: tuple, in_features: int) -> Tensor:
-    if grad_output.is_cuda:
-        return reference.block_sparse_linear_input_gradient(
-            grad_output, packed_values, *structure, in_features=in_features
-        )
-    return _ops.block_sparse_linear_input_gradient(grad_output, packed_values, *structure, in_features)
+def _input_gradient(
+    grad_output: Tensor, packed_values: Tensor, structure: tuple, in_features: int, allow_tf32: bool
+) -> Tensor:
+    return _ops.block_sparse_linear_input_gradient(
+        grad_output, packed_values, *structure, in_features, allow_tf32
+    )
 
 
 def _weight_gradient(
@@ -156,7 +166,7 @@ def _blocksize(packed_values: Tensor) -> tuple[int, int]:
 
 
 def _block_sparse_linear_setup(ctx: Any, inputs: tuple, output: Tensor) -> None:
-    input, packed_values, crow_indices, col_indices, bias, out_features, activation = inputs
+    input, packed_values, crow_indices, col_indices, bias, out_features, activation, ctx.allow_tf32 = inputs
     ctx.save_for_backward(
         input,
         packed_values,
@@ -176,7 +186,7 @@ def _block_sparse_linear_backward(ctx: Any, grad: Tensor) -> tuple:
         grad = torch.where(output <= 0, 0.0, grad)  # NaN passes, as in torch's relu
     elif ctx.activation != "none":
         # What went into the activation is computed anew rather than kept.
-        before = _product(input, packed_values, tuple(structure), ctx.out_features)
+        before = _product(input, packed_values, tuple(structure), ctx.out_features, ctx.allow_tf32)
         before = before if bias is None else before + bias
         if ctx.activation == "silu":
             grad = torch.ops.aten.silu_backward(grad, before)
@@ -185,26 +195,31 @@ def _block_sparse_linear_backward(ctx: Any, grad: Tensor) -> tuple:
             grad = torch.ops.aten.gelu_backward(grad, before, approximate=approximate)
     grad_input = grad_values = grad_bias = None
     if ctx.needs_input_grad[0]:
-        grad_input = _input_gradient(grad, packed_values, tuple(structure), input.shape[-1])
+        grad_input = _input_gradient(
+            grad, packed_values, tuple(structure), input.shape[-1], ctx.allow_tf32
+        )
     if ctx.needs_input_grad[1]:
         grad_values = _weight_gradient(grad, input, tuple(structure), _blocksize(packed_values))
     if ctx.has_bias and ctx.needs_input_grad[4]:
         grad_bias = grad.reshape(-1, ctx.out_features).sum(0)
-    return grad_input, grad_values, None, None, grad_bias, None, None
+    return grad_input, grad_values, None, None, grad_bias, None, None, None
 
 
 def _input_gradient_setup(ctx: Any, inputs: tuple, output: Tensor) -> None:
     ctx.save_for_backward(*inputs[:4])
+    ctx.allow_tf32 = inputs[5]
 
 
 def _input_gradient_backward(ctx: Any, grad: Tensor) -> tuple:
     grad_output, packed_values, *structure = ctx.saved_tensors
     grad_grad_output = grad_values = None
     if ctx.needs_input_grad[0]:
-        grad_grad_output = _product(grad, packed_values, tuple(structure), grad_output.shape[-1])
+        grad_grad_output = _product(
+            grad, packed_values, tuple(structure), grad_output.shape[-1], ctx.allow_tf32
+        )
     if ctx.needs_input_grad[1]:
         grad_values = _weight_gradient(grad_output, grad, tuple(structure), _blocksize(packed_values))
-    return grad_grad_output, grad_values, None, None, None
+    return grad_grad_output, grad_values, None, None, None, None
 
 
 def _weight_gradient_setup(ctx: Any, inputs: tuple, output: Tensor) -> None:
@@ -215,9 +230,9 @@ def _weight_gradient_backward(ctx: Any, grad: Tensor) -> tuple:
     grad_output, input, *structure = ctx.saved_tensors
     grad_grad_output = grad_input = None
     if ctx.needs_input_grad[0]:
-        grad_grad_output = _product(input, grad, tuple(structure), grad_output.shape[-1])
+        grad_grad_output = _product(input, grad, tuple(structure), grad_output.shape[-1], False)
     if ctx.needs_input_grad[1]:
-        grad_input = _input_gradient(grad_output, grad, tuple(structure), input.shape[-1])
+        grad_input = _input_gradient(grad_output, grad, tuple(structure), input.shape[-1], False)
     return grad_grad_output, grad_input, None, None, None, None
 
 
@@ -366,15 +381,14 @@ for _name, _backward, _setup in (
     ("ablate_linear", _ablate_linear_backward, _ablate_linear_setup),
 ):
     torch.library.register_autograd(f"fastprune::{_name}", _backward, setup_context=_setup)
-for _device in ("cpu", "cuda"):
-    # The kernels are float32: under autocast they keep that precision.
-    for _name in (
-        "block_sparse_linear",
-        "block_sparse_linear_inference",
-        "ablated_cross_entropy",
-        "ablated_mlp_cross_entropy",
-        "ablate_linear",
-    ):
+for _device, _names in (
+    # The CPU's kernels have no half precision: under autocast they keep float32.
+    ("cpu", ("block_sparse_linear", "block_sparse_linear_inference")),
+    ("cpu", ("ablated_cross_entropy", "ablated_mlp_cross_entropy", "ablate_linear")),
+    # On CUDA the products run in autocast's dtype, to which `ops` casts; what measures losses does not.
+    ("cuda", ("ablated_cross_entropy", "ablated_mlp_cross_entropy", "ablate_linear")),
+):
+    for _name in _names:
         torch.library.register_autocast(f"fastprune::{_name}", _device, torch.float32)
 register_flop_formula(
     [_ops.block_sparse_linear, _ops.block_sparse_linear_inference, _ops.block_sparse_linear_input_gradient]
