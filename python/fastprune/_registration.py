@@ -195,9 +195,7 @@ def _block_sparse_linear_backward(ctx: Any, grad: Tensor) -> tuple:
             grad = torch.ops.aten.gelu_backward(grad, before, approximate=approximate)
     grad_input = grad_values = grad_bias = None
     if ctx.needs_input_grad[0]:
-        grad_input = _input_gradient(
-            grad, packed_values, tuple(structure), input.shape[-1], ctx.allow_tf32
-        )
+        grad_input = _input_gradient(grad, packed_values, tuple(structure), input.shape[-1], ctx.allow_tf32)
     if ctx.needs_input_grad[1]:
         grad_values = _weight_gradient(grad, input, tuple(structure), _blocksize(packed_values))
     if ctx.has_bias and ctx.needs_input_grad[4]:

@@ -68,7 +68,7 @@ class Case:
     def arguments(self) -> dict:
         """Make random arguments; what the kernel must not read is NaN.
 
-        With ``input_gradient`` they have no bias and no activation, and the input is the gradient of the output.
+        With ``input_gradient`` the input is the gradient of the output; bias and activation are left out.
         """
         rng = np.random.default_rng([self.seed, *map(ord, repr(self))])
         block_rows, block_cols = -(-self.out_features // self.rows), -(-self.in_features // self.cols)
@@ -108,7 +108,9 @@ class Case:
         options = {"multiprocessors": self.multiprocessors, **options}
         if not self.input_gradient:
             return linear.block_sparse_linear(**arguments, **options)
-        lists = transposed(arguments["crow_indices"], arguments["col_indices"], -(-self.in_features // self.cols))
+        lists = transposed(
+            arguments["crow_indices"], arguments["col_indices"], -(-self.in_features // self.cols)
+        )
         return linear.block_sparse_linear_input_gradient(
             arguments["input"], arguments["packed_values"], lists, self.in_features, **options
         )

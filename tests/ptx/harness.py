@@ -107,7 +107,7 @@ def _launch(
 
 
 def _pointer(array: np.ndarray | None, name: str, misalign: int = 0) -> object:
-    """Return a read-only argument, `misalign` bytes past an aligned address; of an empty tensor it is null."""
+    """Return a read-only argument, `misalign` bytes past an aligned address; an empty tensor is null."""
     if array is None or array.size == 0:
         return None
     return _ptxsim().In(np.ascontiguousarray(array), name, misalign=misalign)

@@ -42,9 +42,7 @@ def plan_of(
 
     samples, features = input.shape
     _, cols, rows = packed_values.shape
-    in_features, out_features = (
-        (output_features, features) if input_gradient else (features, output_features)
-    )
+    in_features, out_features = (output_features, features) if input_gradient else (features, output_features)
     return _C.plan_block_sparse_linear_cuda(
         samples=samples,
         in_features=in_features,
@@ -123,8 +121,8 @@ def block_sparse_linear(
 ) -> tuple[np.ndarray, list[str]]:
     """Return the output of the forward, and the findings; what it left out is NaN.
 
-    Options are ``allow_tf32``, ``multiprocessors`` (1: large tiles from 17 samples on), ``misalign_input`` and
-    ``misalign_weight`` (bytes), ``arch``, ``order``, ``seed``, ``ptx_transform`` and ``max_instructions``.
+    Options are ``allow_tf32``, ``multiprocessors`` (1: large tiles from 17 samples on), ``misalign_input``
+    and ``misalign_weight`` (bytes), and those of ``harness._launch``.
     """
     lists = (crow_indices, col_indices, None)
     return _block_product(input, packed_values, lists, bias, out_features, activation, False, **options)

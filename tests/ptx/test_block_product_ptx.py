@@ -1,5 +1,6 @@
 """The PTX of the tensor-core kernels of block_sparse_linear, run in the simulator, and mutants of it."""
 
+import functools
 import itertools
 import os
 from dataclasses import replace
@@ -30,7 +31,9 @@ def kernel_cases(**options) -> list[Case]:
     """Calls that go to each tile, with edges of every kind."""
     return [
         Case(samples=16, rows=32, cols=48, out_features=90, in_features=151, **options),
-        Case(samples=70, multiprocessors=SMALL, rows=32, cols=16, out_features=130, in_features=129, **options),
+        Case(
+            samples=70, multiprocessors=SMALL, rows=32, cols=16, out_features=130, in_features=129, **options
+        ),
         Case(samples=17, out_features=129, in_features=70, **options),
         *with_blocks(32, 32, samples=97, density=0.4, **options),
         *with_blocks(64, 64, samples=33, density=0.6, **options),
@@ -138,7 +141,9 @@ def test_bits_depend_neither_on_the_tile_nor_on_the_other_samples(arithmetic, in
     assert large.tobytes() == small.tobytes()
     part = {**arguments, "input": arguments["input"][100:117]}
     assert case.run(part)[0].tobytes() == large[100:117].tobytes()
-    few = [case.run({**arguments, "input": arguments["input"][i:j]})[0] for i, j in ((0, 16), (3, 4), (1, 10))]
+    few = [
+        case.run({**arguments, "input": arguments["input"][i:j]})[0] for i, j in ((0, 16), (3, 4), (1, 10))
+    ]
     assert few[1].tobytes() == few[0][3:4].tobytes()
     assert few[2].tobytes() == few[0][1:10].tobytes()
 
@@ -170,12 +175,30 @@ def test_shared_memory_is_read_without_bank_conflicts():
 
 # Broken on purpose: one instantiation of each kernel template.
 MUTANT_CASES = [
-    Case(samples=70, out_features=72, in_features=70, activation="relu"),
-    Case(samples=17, rows=32, cols=48, out_features=62, in_features=95, bias=False, density=1.0),
-    Case(samples=65, row_gap=3, in_features=41),
-    Case(samples=5, density=0.0),
-    Case(samples=16, out_features=20, in_features=150, density=0.8),
-    Case(samples=15, rows=32, row_gap=5, bias=False, activation="gelu", density=1.0),
+    *(
+        case
+        for samples, width in ((70, 230), (15, 700))
+        for case in (
+            Case(samples=samples, out_features=72, in_features=width, activation="relu"),
+            Case(samples=samples - 5, rows=32, cols=48, out_features=62, in_features=width - 1, bias=False),
+            Case(samples=samples, row_gap=3, in_features=41),
+            Case(samples=samples, density=0.0),
+            Case(samples=samples, out_features=61, density=1.0, activation="gelu"),
+            Case(samples=samples, out_features=63, density=1.0, activation="gelu_tanh"),
+            Case(samples=samples, out_features=64, density=1.0, activation="silu"),
+            Case(samples=samples, cols=32, rows=32, out_features=224, in_features=width + 1),
+            Case(samples=samples, rows=48, cols=48, out_features=96, in_features=96, density=0.6),
+        )
+    ),
+    # More slots than the rings of all warps hold.
+    Case(samples=15, out_features=16, in_features=1600, density=1.0),
+    # A last chunk of every length, aligned and not, in each of the slots that code is made for.
+    *(
+        Case(samples=samples, out_features=width, in_features=width, row_gap=gap, density=1.0)
+        for samples, widths in ((17, range(1, 97)), (9, range(1, 17)), (9, range(257, 273)))
+        for width in widths
+        for gap in (-width % 16 + 1, -width % 16 + 8)
+    ),
 ]
 MUTATED = [
     ("bfloat16", False, "64x64_by_16"),
@@ -183,11 +206,16 @@ MUTATED = [
     ("tf32", False, "few_samples"),
     ("float16", True, "few_samples"),
 ]
-EQUIVALENT: dict[tuple[str, str], str] = {}
+# Mutants that compute the same, by what is done to which source line.
+EQUIVALENT = {
+    ("no guard", "const int64_t list = first_output_ / args.weight.outputs;"): "64-bit division is right too",
+    ("no guard", "slot_ += kFewWarps;"): "64-bit division is right too",
+    ("bound + 1", "return max(0, min(end, kChunkElements<T>));"): "where both are equal either is right",
+    ("no guard", "if (aligned) {"): "elements one by one are right for any address",
+}
 
 
-@pytest.mark.parametrize(("arithmetic", "input_gradient", "tile"), MUTATED)
-def test_every_mutant_is_noticed(arithmetic, input_gradient, tile):
+def mutant_cases(arithmetic: str, input_gradient: bool, tile: str) -> list[Case]:
     cases = [
         replace(
             case,
@@ -198,20 +226,32 @@ def test_every_mutant_is_noticed(arithmetic, input_gradient, tile):
         )
         for case in MUTANT_CASES
     ]
-    cases = [case for case in cases if case.kernel().endswith(tile)]
+    return [case for case in cases if case.kernel().endswith(tile)]
+
+
+def notices(cases: list[Case], ptx_transform) -> bool:
+    return any(
+        case.check(order=order, ptx_transform=ptx_transform, max_instructions=10**7)[1]
+        for case in cases
+        for order in ("forward", "reverse")
+    )
+
+
+@pytest.mark.parametrize(("arithmetic", "input_gradient", "tile"), MUTATED)
+def test_every_barrier_and_every_wait_is_needed(arithmetic, input_gradient, tile):
+    cases = mutant_cases(arithmetic, input_gradient, tile)
     assert len(cases) >= 3
+    assert not notices(cases, None)
     kernel = cases[0].kernel()
+    mutants = [m for m in mutants_of(linear.source_of(kernel), kernel) if m.kind in ("no barrier", "no wait")]
+    assert {mutant.kind for mutant in mutants} == {"no barrier", "no wait"}
+    assert unnoticed(mutants, functools.partial(notices, cases)) == []
 
-    def notices(ptx_transform) -> bool:
-        return any(
-            case.check(order=order, ptx_transform=ptx_transform, max_instructions=10**7)[1]
-            for case in cases
-            for order in ("forward", "reverse")
-        )
 
-    assert not notices(None)
+def test_every_mutant_for_few_samples_is_noticed():
+    cases = mutant_cases("tf32", False, "few_samples")
+    kernel = cases[0].kernel()
     mutants = mutants_of(linear.source_of(kernel), kernel)
     assert {"no barrier", "no wait", "bound + 1", "no guard", "tile - 1"} == {m.kind for m in mutants}
-    chosen = mutants if FULL_SWEEP else mutants[::10]
-    missed = unnoticed(chosen, notices, EQUIVALENT)
-    assert missed == []
+    missed = unnoticed(mutants if FULL_SWEEP else mutants[::8], functools.partial(notices, cases))
+    assert [mutant for mutant in missed if mutant not in EQUIVALENT] == []

@@ -45,7 +45,16 @@ def test_no_block_columns():
 
 
 # Mutants that compute the same, by what is done to which source line; each stands for one.
-EQUIVALENT: dict[tuple[str, str], str] = {}
+EQUIVALENT = {
+    ("no guard", "if (lane == 0) warp_counts[warp] = before;"): "all lanes have the same sum",
+    ("no guard", "if (thread == 0) args.offsets[column] = next;"): "all threads have the same sum",
+    ("no guard", "if (blockIdx.x + 1 == gridDim.x) return;"): "no block has the column past the last one",
+    ("no guard", "if (lane == 0) warp_counts[warp] = __popc(kept_lanes);"): "all lanes have the same count",
+    (
+        "bound + 1",
+        "for (int64_t first = 0; first < args.block_rows; first += kTransposeThreads) {",
+    ): "one part more without a block row",
+}
 
 
 def test_every_mutant_is_noticed():

@@ -83,8 +83,10 @@ class TileProduct {
   __device__ __forceinline__ void run() {
     static_assert(kTileStages == 3 && kSlots * kStrips <= 16, "the queue holds two stages");
     constexpr int kBits = kSlots * kStrips;
-    uint32_t queue = copy_stage(0);
-    queue |= copy_stage(1) << kBits;
+    uint32_t queue = 0;
+    // One copy of the code, which is long, rather than two.
+#pragma unroll 1
+    for (int stage = 0; stage < 2; ++stage) queue |= copy_stage(stage) << stage * kBits;
     int stage = 0, empty = 2;
     while (const uint32_t masks = queue & ((1u << kBits) - 1)) {
       wait_for_copies<kTileStages - 2>();
@@ -95,7 +97,7 @@ class TileProduct {
       empty = stage;
       stage = stage + 1 == kTileStages ? 0 : stage + 1;
     }
-    wait_for_copies<0>();
+    // All stages are used and their copies waited for; the stores write over them.
     __syncthreads();
     store();
   }

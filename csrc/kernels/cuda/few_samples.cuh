@@ -36,6 +36,8 @@ class FewSamplesProduct {
   }
 
   __device__ __forceinline__ void run() {
+    // One copy of the code, which is long, rather than one for each place.
+#pragma unroll 1
     for (int place = 0; place + 1 < kPlaces; ++place) copy_slot(place);
     int place = 0;
     for (int64_t slot = warp_; slot < slots_; slot += kFewWarps) {
@@ -46,7 +48,7 @@ class FewSamplesProduct {
       multiply(ring_ + place * kPlaceElements);
       place = place + 1 == kPlaces ? 0 : place + 1;
     }
-    wait_for_copies<0>();
+    // All slots are used and their copies waited for; the sums are written over them.
     __syncthreads();
     add_warps();
   }

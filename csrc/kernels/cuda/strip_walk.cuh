@@ -63,7 +63,7 @@ class StripWalk {
   __device__ __forceinline__ void take() {
     source_ = next_source_;
     block_ = next_block_;
-    if (source_ != kNone) fetch();
+    fetch();
   }
 
   __device__ __forceinline__ void find_least() {
