@@ -190,6 +190,12 @@ MUTANT_CASES = [
             Case(samples=samples, rows=48, cols=48, out_features=96, in_features=96, density=0.6),
         )
     ),
+    # Blocks that begin in any slot of a stage, and strips that end before their neighbours.
+    *(
+        Case(samples=20, rows=16, cols=cols, out_features=64, in_features=6 * cols, density=0.4, seed=seed)
+        for cols in (16, 32, 48, 64, 80)
+        for seed in range(3)
+    ),
     # More slots than the rings of all warps hold.
     Case(samples=15, out_features=16, in_features=1600, density=1.0),
     # A last chunk of every length, aligned and not, in each of the slots that code is made for.
@@ -209,7 +215,21 @@ MUTATED = [
 # Mutants that compute the same, by what is done to which source line.
 EQUIVALENT = {
     ("no guard", "const int64_t list = first_output_ / args.weight.outputs;"): "64-bit division is right too",
+    (
+        "no guard",
+        "const int64_t list = (first_output + lane % kStrips * strip_outputs) / weight.outputs;",
+    ): "64-bit division is right too",
+    (
+        "no guard",
+        "weight_offset_[0] = static_cast<int>((first_output_ + output) % args.weight.outputs);",
+    ): "64-bit division is right too",
+    (
+        "no guard",
+        "while (const uint32_t masks = queue & ((1u << kBits) - 1)) {",
+    ): "a first stage without slots multiplies nothing",
+    ("no guard", "if (mask == 0) break;"): "a slot without strips copies nothing",
     ("no guard", "slot_ += kFewWarps;"): "64-bit division is right too",
+    ("no guard", ""): "64-bit division is right too",
     ("bound + 1", "return max(0, min(end, kChunkElements<T>));"): "where both are equal either is right",
     ("no guard", "if (aligned) {"): "elements one by one are right for any address",
 }
@@ -248,10 +268,11 @@ def test_every_barrier_and_every_wait_is_needed(arithmetic, input_gradient, tile
     assert unnoticed(mutants, functools.partial(notices, cases)) == []
 
 
-def test_every_mutant_for_few_samples_is_noticed():
-    cases = mutant_cases("tf32", False, "few_samples")
+@pytest.mark.parametrize(("arithmetic", "tile"), [("bfloat16", "64x64_by_16"), ("tf32", "few_samples")])
+def test_every_mutant_is_noticed(arithmetic, tile):
+    cases = mutant_cases(arithmetic, False, tile)
     kernel = cases[0].kernel()
     mutants = mutants_of(linear.source_of(kernel), kernel)
     assert {"no barrier", "no wait", "bound + 1", "no guard", "tile - 1"} == {m.kind for m in mutants}
-    missed = unnoticed(mutants if FULL_SWEEP else mutants[::8], functools.partial(notices, cases))
+    missed = unnoticed(mutants if FULL_SWEEP else mutants[::16], functools.partial(notices, cases))
     assert [mutant for mutant in missed if mutant not in EQUIVALENT] == []
