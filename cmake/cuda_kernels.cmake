@@ -1,11 +1,16 @@
 # The module `_C_cuda`, built where torch has CUDA and nvcc is found. FASTPRUNE_CUDA_STATUS says what
 # was done, and why.
-set(FASTPRUNE_CUDA_SOURCES csrc/kernels/cuda/ablate_linear.cu
-                           csrc/kernels/cuda/ablated_cross_entropy.cu
-                           csrc/kernels/cuda/ablated_mlp_cross_entropy.cu
-                           csrc/kernels/cuda/block_sparse_linear.cu
-                           csrc/kernels/cuda/block_sparse_linear_weight_gradient.cu
-                           csrc/kernels/cuda/loss_panels.cu)
+set(FASTPRUNE_CUDA_SOURCES
+    csrc/kernels/cuda/ablate_linear.cu
+    csrc/kernels/cuda/ablated_cross_entropy.cu
+    csrc/kernels/cuda/ablated_mlp_cross_entropy.cu
+    csrc/kernels/cuda/block_sparse_linear.cu
+    csrc/kernels/cuda/block_sparse_linear_bf16.cu
+    csrc/kernels/cuda/block_sparse_linear_f16.cu
+    csrc/kernels/cuda/block_sparse_linear_tf32.cu
+    csrc/kernels/cuda/block_sparse_linear_weight_gradient.cu
+    csrc/kernels/cuda/loss_panels.cu
+    csrc/kernels/cuda/transposed_structure.cu)
 set(FASTPRUNE_CUDA_BINDINGS csrc/bindings/cuda_module.cpp
                             csrc/bindings/ablate_linear_cuda.cpp
                             csrc/bindings/ablated_cross_entropy_cuda.cpp

@@ -77,7 +77,7 @@ def test_matches_the_reference_over_ugly_sizes(blocksize: tuple[int, int], densi
             assert_matches(output, expected(input, weight, bias, "relu"), in_features)
 
 
-@pytest.mark.parametrize("activation", [None, "relu"])
+@pytest.mark.parametrize("activation", [None, "relu", "gelu", "gelu_tanh", "silu"])
 @pytest.mark.parametrize("with_bias", [False, True])
 def test_bias_and_activation(activation: str | None, with_bias: bool) -> None:
     torch.manual_seed(1)
@@ -222,11 +222,18 @@ def test_bad_arguments_are_named() -> None:
     op = torch.ops.fastprune.block_sparse_linear_inference
     structure = (weight.crow_indices, weight.col_indices)
     bad = {
-        "must have dtype Float": (input.half(), weight.packed_values.half(), *structure, None, 32, "none"),
+        "must have dtype Float": (
+            input.double(),
+            weight.packed_values.double(),
+            *structure,
+            None,
+            32,
+            "none",
+        ),
         "packed_values": (input, weight.packed_values.cpu(), *structure, None, 32, "none"),
         "crow_indices": (input, weight.packed_values, *structure, None, 99, "none"),
         "bias": (input, weight.packed_values, *structure, torch.randn(32), 32, "none"),
-        "activation": (input, weight.packed_values, *structure, None, 32, "gelu"),
+        "activation": (input, weight.packed_values, *structure, None, 32, "tanh"),
     }
     for message, arguments in bad.items():
         with pytest.raises(ValueError, match=message):

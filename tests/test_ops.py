@@ -110,3 +110,41 @@ def test_where_the_ablation_ops_have_kernels(monkeypatch, is_cuda, dtype, reason
     monkeypatch.setattr("fastprune._library._cuda_unavailable", reason)
     monkeypatch.setattr(torch.Tensor, "is_cuda", is_cuda)
     assert fp.ops.has_ablation_kernels(torch.zeros(1, dtype=dtype)) is served
+
+
+TF32_SWITCHES = {
+    "nothing": ("pass", False),
+    "allow_tf32": ("torch.backends.cuda.matmul.allow_tf32 = True", True),
+    "fp32_precision": ("torch.backends.cuda.matmul.fp32_precision = 'tf32'", True),
+    "ieee": ("torch.backends.cuda.matmul.fp32_precision = 'ieee'", False),
+    "matmul precision": ("torch.set_float32_matmul_precision('high')", True),
+}
+
+
+def test_tf32_follows_every_switch_of_torch_compiled_too():
+    # In a process of their own: after the newer switch the older one can no longer be read.
+    code = "import torch; from fastprune import ops; results = []\n"
+    for switch, _ in TF32_SWITCHES.values():
+        code += "torch.backends.cuda.matmul.fp32_precision = 'none'\n" + switch + "\n"
+        code += "results.append(ops._tf32_allowed())\n"
+        code += "f = lambda x: x * (2 if ops._tf32_allowed() else 1)\n"
+        code += "compiled = torch.compile(f, fullgraph=True, backend='eager')\n"
+        code += "results.append(compiled(torch.ones(1)).item() == 2); torch.compiler.reset()\n"
+    code += "print(results)"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    wanted = [allowed for _, allowed in TF32_SWITCHES.values() for _ in range(2)]
+    assert result.stdout.strip() == str(wanted), result.stderr
+
+
+@pytest.mark.parametrize("allow_tf32", [False, True])
+def test_tf32_changes_nothing_on_the_cpu(layers, allow_tf32):
+    input, layer = torch.randn(3, 65), layers[0]
+    arguments = (layer.packed_values, layer.crow_indices, layer.col_indices)
+    forward = torch.ops.fastprune.block_sparse_linear(
+        input, *arguments, layer.bias, layer.out_features, "none", allow_tf32
+    )
+    assert torch.equal(forward, layer(input))
+    gradient = torch.ops.fastprune.block_sparse_linear_input_gradient(forward, *arguments, 65, allow_tf32)
+    assert torch.equal(
+        gradient, fp.ops.block_sparse_linear_input_gradient(forward, *arguments, in_features=65)
+    )

@@ -46,10 +46,11 @@ void run(const Tensor& input, const Tensor& packed_values, const Tensor& crow_in
   multiply(product);
 }
 
+// `allow_tf32` is for CUDA: a CPU's float32 has all its bits.
 Tensor block_sparse_linear_cpu(const Tensor& input, const Tensor& packed_values,
                                const Tensor& crow_indices, const Tensor& col_indices,
                                const std::optional<Tensor>& bias, int64_t out_features,
-                               const std::string& activation_name) {
+                               const std::string& activation_name, bool /*allow_tf32*/) {
   const Activation activation = parse_activation(kOp, activation_name);
   check_block_sparse_linear(kOp, input, packed_values, crow_indices, col_indices, bias,
                             out_features);
@@ -100,7 +101,7 @@ void run_input_gradient(const Tensor& grad_output, const Tensor& packed_values,
 Tensor block_sparse_linear_input_gradient_cpu(const Tensor& grad_output,
                                               const Tensor& packed_values,
                                               const Tensor& crow_indices, const Tensor& col_indices,
-                                              int64_t in_features) {
+                                              int64_t in_features, bool /*allow_tf32*/) {
   check_has_features(kInputGradientOp, "grad_output", grad_output);
   check_weight(kInputGradientOp, grad_output, packed_values, crow_indices, col_indices);
   check_feature_count(kInputGradientOp, "in_features", in_features);

@@ -9,13 +9,15 @@
 STABLE_TORCH_LIBRARY(fastprune, library) {
   library.def(
       "block_sparse_linear(Tensor input, Tensor packed_values, Tensor crow_indices, "
-      "Tensor col_indices, Tensor? bias, int out_features, str activation) -> Tensor");
+      "Tensor col_indices, Tensor? bias, int out_features, str activation, "
+      "bool allow_tf32=False) -> Tensor");
   library.def(
       "block_sparse_linear_inference(Tensor input, Tensor packed_values, Tensor crow_indices, "
-      "Tensor col_indices, Tensor? bias, int out_features, str activation) -> Tensor");
+      "Tensor col_indices, Tensor? bias, int out_features, str activation, "
+      "bool allow_tf32=False) -> Tensor");
   library.def(
       "block_sparse_linear_input_gradient(Tensor grad_output, Tensor packed_values, "
-      "Tensor crow_indices, Tensor col_indices, int in_features) -> Tensor");
+      "Tensor crow_indices, Tensor col_indices, int in_features, bool allow_tf32=False) -> Tensor");
   library.def(
       "block_sparse_linear_weight_gradient(Tensor grad_output, Tensor input, Tensor crow_indices, "
       "Tensor col_indices, int rows, int cols, bool allow_tf32=False) -> Tensor");

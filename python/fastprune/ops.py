@@ -7,7 +7,10 @@ import warnings
 import torch
 from torch import Tensor
 
-from . import _library, _registration, reference
+from . import _library, reference
+from . import _registration as _registration  # fake kernels, gradients and autocast of the ops
+from . import _registration_ablation as _registration_ablation
+from ._fake_checks import CUDA_DTYPES
 
 _ops = torch.ops.fastprune
 _warned: set[str] = set()
@@ -39,6 +42,26 @@ def _lacks_cuda_kernel(op: str, tensor: Tensor, supported: bool) -> bool:
         _warned.add(message)
         warnings.warn(message, stacklevel=3)
     return True
+
+
+@torch.compiler.assume_constant_result
+def _tf32_allowed() -> bool:
+    # Of the two switches this one can always be read: it shows what was set through `allow_tf32` too.
+    return torch.backends.cuda.matmul.fp32_precision == "tf32"
+
+
+def _allow_tf32(tensor: Tensor) -> bool:
+    """Whether products of a tensor may round their float32 operands to tf32, as torch's own do."""
+    return tensor.is_cuda and tensor.dtype == torch.float32 and _tf32_allowed()
+
+
+def _autocast(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
+    """Cast as autocast casts the arguments of ``F.linear``: where the first is on CUDA, and not float64."""
+    first = tensors[0]
+    if first is None or not first.is_cuda or not torch.is_autocast_enabled("cuda"):
+        return tensors
+    dtype = torch.get_autocast_dtype("cuda")
+    return tuple(t if t is None or t.dtype == torch.float64 else t.to(dtype) for t in tensors)
 
 
 def _autocast_to_float32(tensor: Tensor) -> bool:
@@ -79,7 +102,11 @@ def block_sparse_linear(
 
     Differentiable in ``input``, ``packed_values`` and ``bias``; under ``torch.func`` transforms and
     forward-mode differentiation it is computed through the dense weight. The bits of the result depend
-    neither on the number of threads nor on the other samples of the batch.
+    neither on the number of threads nor on the other samples of the batch (float16, bfloat16 and tf32: as
+    long as both batches have more than 16 samples, or both have not).
+
+    On CUDA, float32 is multiplied as float32, or as tf32 where ``torch.backends.cuda.matmul`` allows it;
+    under autocast all is cast to autocast's dtype, as for ``F.linear``.
 
     Example:
         >>> weight = fp.BlockSparseTensor.from_dense(torch.eye(32), blocksize=(16, 16))
@@ -90,7 +117,8 @@ def block_sparse_linear(
         torch.Size([4, 32])
 
     Args:
-        input: ``[*, in_features]``, float32 or float64 (CUDA: float32).
+        input: ``[*, in_features]``, float32 or float64; on CUDA float32, float16 or bfloat16, while float64
+            is multiplied by the dense weight.
         packed_values: ``[kept, cols, rows]``, the kept blocks of the weight, each transposed; the dtype
             of ``input``.
         crow_indices: ``[ceil(out_features / rows) + 1]``, int32: where each block row begins.
@@ -107,7 +135,8 @@ def block_sparse_linear(
         ValueError: shapes, dtypes or devices disagree, or (CPU) the indices are not a valid structure.
 
     """
-    supported = input.dtype == torch.float32 or (input.is_cuda and torch.is_autocast_enabled("cuda"))
+    input, packed_values, bias = _autocast(input, packed_values, bias)  # type: ignore[assignment]
+    supported = input.dtype in CUDA_DTYPES
     if _is_transformed() or _lacks_cuda_kernel("block_sparse_linear", input, supported):
         return reference.block_sparse_linear(
             input,
@@ -121,13 +150,14 @@ def block_sparse_linear(
     if not _needs_grad(input, packed_values, bias):
         # The op with gradients costs some microseconds more for each call.
         op = _ops.block_sparse_linear_inference
-        fused = activation is None or activation == "relu" or not input.is_cuda
+        fused = True
     else:
         # Kept for the backward, what goes into a curved activation costs less than computing it anew.
         op = _ops.block_sparse_linear
         fused = activation not in reference.ACTIVATIONS or activation == "relu"
     name = activation if fused and activation is not None else "none"
-    output = op(input, packed_values, crow_indices, col_indices, bias, out_features, name)
+    allow_tf32 = _allow_tf32(input)
+    output = op(input, packed_values, crow_indices, col_indices, bias, out_features, name, allow_tf32)
     return output if fused else reference.ACTIVATIONS[activation](output)  # type: ignore[index]
 
 
@@ -149,7 +179,8 @@ def block_sparse_linear_input_gradient(
         ...     in_features=32)
 
     Args:
-        grad_output: ``[*, out_features]``, float32 or float64.
+        grad_output: ``[*, out_features]``, float32 or float64; on CUDA float32, float16 or bfloat16, while
+            float64 is multiplied by the dense weight.
         packed_values: ``[kept, cols, rows]``, the dtype of ``grad_output``.
         crow_indices: ``[ceil(out_features / rows) + 1]``, int32.
         col_indices: ``[kept]``, int32, increasing within a block row.
@@ -163,12 +194,12 @@ def block_sparse_linear_input_gradient(
 
     """
     op = "block_sparse_linear_input_gradient"
-    if _is_transformed() or _lacks_cuda_kernel(op, grad_output, False):
+    if _is_transformed() or _lacks_cuda_kernel(op, grad_output, grad_output.dtype in CUDA_DTYPES):
         return reference.block_sparse_linear_input_gradient(
             grad_output, packed_values, crow_indices, col_indices, in_features=in_features
         )
     return _ops.block_sparse_linear_input_gradient(
-        grad_output, packed_values, crow_indices, col_indices, in_features
+        grad_output, packed_values, crow_indices, col_indices, in_features, _allow_tf32(grad_output)
     )
 
 
@@ -207,14 +238,13 @@ def block_sparse_linear_weight_gradient(
 
     """
     op = "block_sparse_linear_weight_gradient"
-    supported = grad_output.dtype in _registration.CUDA_DTYPES
+    supported = grad_output.dtype in CUDA_DTYPES
     if _is_transformed() or _lacks_cuda_kernel(op, grad_output, supported):
         return reference.block_sparse_linear_weight_gradient(
             grad_output, input, crow_indices, col_indices, blocksize=blocksize
         )
-    allow_tf32 = grad_output.is_cuda and _registration.allow_tf32()
     return _ops.block_sparse_linear_weight_gradient(
-        grad_output, input, crow_indices, col_indices, *blocksize, allow_tf32
+        grad_output, input, crow_indices, col_indices, *blocksize, _allow_tf32(grad_output)
     )
 
 

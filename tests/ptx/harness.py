@@ -20,7 +20,7 @@ from . import budgets, records
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 KERNELS = REPOSITORY / "csrc" / "kernels" / "cuda"
-ACTIVATIONS = {"none": 0, "relu": 1}  # of csrc/kernels/types.h
+ACTIVATIONS = {"none": 0, "relu": 1, "gelu": 2, "gelu_tanh": 3, "silu": 4}  # of csrc/kernels/types.h
 # Blocks interleaved and warps pre-empted at random, so that an order that happens to hold in the
 # plain schedules is broken too.
 RANDOM_SCHEDULE = {"resident": 3, "quantum": 9}
@@ -67,6 +67,14 @@ def _module(ptx: str) -> object:
     return _ptxsim().Module(ptx)
 
 
+_last_stats: dict[str, int] = {}
+
+
+def last_stats() -> dict[str, int]:
+    """Return what the simulator counted in the latest launch: instructions, accesses, bank conflicts."""
+    return dict(_last_stats)
+
+
 def _launch(
     op: str,
     plan: dict,
@@ -91,6 +99,8 @@ def _launch(
         max_instr=max_instructions,
         **(RANDOM_SCHEDULE if order == "random" else {}),
     )
+    _last_stats.clear()
+    _last_stats.update(result.stats)
     findings = [*result.errors, *result.warnings]
     if result.fatal:
         findings.append(f"[fatal] {result.fatal}")
@@ -100,62 +110,25 @@ def _launch(
     return findings
 
 
-def _pointer(array: np.ndarray | None, name: str) -> object:
-    """Return a read-only argument; an empty tensor is a null pointer, as torch's is."""
-    return None if array is None or array.size == 0 else _ptxsim().In(np.ascontiguousarray(array), name)
+def _pointer(array: np.ndarray | None, name: str, misalign: int = 0) -> object:
+    """Return a read-only argument, `misalign` bytes past an aligned address; an empty tensor is null."""
+    if array is None or array.size == 0:
+        return None
+    return _ptxsim().In(np.ascontiguousarray(array), name, misalign=misalign)
+
+
+def nan_of(dtype: np.dtype) -> float | int:
+    """Return a NaN of a type; uint16 holds bfloat16."""
+    return 0x7FC0 if dtype == np.uint16 else np.nan
 
 
 def _rows_in_memory(matrix: np.ndarray) -> tuple[np.ndarray, int]:
     """Return exactly the memory that a matrix spans, NaN between its rows, and the row stride."""
     rows, cols = matrix.shape
     stride = matrix.strides[0] // matrix.itemsize if rows > 1 else cols
-    memory = np.full((rows - 1) * stride + cols if rows else 0, np.nan, matrix.dtype)
+    memory = np.full((rows - 1) * stride + cols if rows else 0, nan_of(matrix.dtype), matrix.dtype)
     view = np.lib.stride_tricks.as_strided(
         memory, matrix.shape, (stride * matrix.itemsize, matrix.itemsize), writeable=True
     )
     view[...] = matrix
     return memory, stride
-
-
-def block_sparse_linear(
-    input: np.ndarray,
-    packed_values: np.ndarray,
-    crow_indices: np.ndarray,
-    col_indices: np.ndarray,
-    bias: np.ndarray | None,
-    out_features: int,
-    activation: str,
-    *,
-    arch: str = "compute_80",
-    order: str = "forward",
-    seed: int = 0,
-    ptx_transform: Callable[[str], str] | None = None,
-    max_instructions: int = 10**8,
-) -> tuple[np.ndarray, list[str]]:
-    """Return the output of the float32 forward kernel, and the findings; what it left out is NaN."""
-    from fastprune import _C
-
-    samples, in_features = input.shape
-    _, cols, rows = packed_values.shape
-    output = np.full((samples, out_features), np.nan, np.float32)
-    plan = _C.plan_block_sparse_linear_cuda(
-        samples=samples, in_features=in_features, out_features=out_features, rows=rows, cols=cols
-    )
-    if plan["grid"][0] == 0:
-        return output, []
-    memory, row_stride = _rows_in_memory(input)
-    # BlockSparseLinearArgs<float> of csrc/kernels/block_sparse_linear.h, member by member.
-    arguments = (
-        *(_pointer(memory, "input"), np.int64(samples), np.int64(in_features), np.int64(row_stride)),
-        _pointer(packed_values, "packed_values"),
-        _pointer(crow_indices, "crow_indices"),
-        _pointer(col_indices, "col_indices"),
-        *(np.int64(crow_indices.size - 1), np.int64(rows), np.int64(cols)),
-        _pointer(bias, "bias"),
-        *(_ptxsim().Out(output, "output"), np.int64(samples), np.int64(out_features), np.int64(out_features)),
-        *(np.int32(ACTIVATIONS[activation]), bytes(4)),
-    )
-    findings = _launch(
-        "block_sparse_linear", plan, arguments, arch, order, seed, ptx_transform, max_instructions
-    )
-    return output, findings

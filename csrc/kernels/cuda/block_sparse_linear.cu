@@ -1,109 +1,116 @@
-// block_sparse_linear forward in float32 on CUDA; the contract is in ../block_sparse_linear.h.
+// The product of ../block_product.h for any block, in float: the kernel of float32, and of 16-bit
+// types where a block's sides are no multiples of 16. And the launchers of all its kernels.
 //
-// One thread block computes 64 samples x 16 outputs of one block row. It walks that row's kept
-// blocks in order, 32 columns at a time; each step stages a tile of inputs and a tile of weights
-// in shared memory:
+// One thread block computes 64 samples x 16 outputs of one list. It walks the list's blocks in
+// order, 32 steps at a time; for each it stages a tile of inputs and a tile of weights in shared
+// memory:
 //
 //                     weights: 32 x 16
 //                    +-----------------+   128 threads, 8 along the rows and 16 along the
-//                    | [column][row]   |   samples: thread (x, y) holds, across all steps, the
-//   inputs: 64 x 32  +-----------------+   sums of rows 2x and 2x + 1 and of samples y, y + 16,
-//   +-------------+  +-----------------+   y + 32 and y + 48. For each column it reads 4 inputs
+//                    | [step][output]  |   samples: thread (x, y) holds, across all steps, the
+//   inputs: 64 x 32  +-----------------+   sums of outputs 2x and 2x + 1 and of samples y, y + 16,
+//   +-------------+  +-----------------+   y + 32 and y + 48. For each step it reads 4 inputs
 //   | [sample]    |  | outputs         |   and 2 weights for 8 multiply-adds.
-//   |    [column] |  |        64 x 16  |
+//   |      [step] |  |        64 x 16  |
 //   +-------------+  +-----------------+
 //
-// 16 rows are those of the default block, which wastes nothing here; a block of any other size
+// 16 outputs are those of the default block, which wastes nothing here; a block of any other size
 // is covered by as many tiles as it takes. Every output is one chain of fused multiply-adds in
-// the order of the columns, so its bits depend neither on the tile it falls in nor on the other
+// the order of the steps, so its bits depend neither on the tile it falls in nor on the other
 // samples. Padding may hold anything: it is never read.
 #include "block_sparse_linear.h"
 
-#include "block_sparse_linear_plan.h"
+#include "activation.cuh"
+#include "conversion.cuh"
 
 namespace fastprune {
 namespace {
 
-constexpr int kTileColumns = 32;  // a warp loads one sample's columns as one 128-byte line
-constexpr int kThreadRows = 2;
+constexpr int kTileSteps = 32;  // a warp loads one sample's steps as one line
+constexpr int kThreadOutputs = 2;
 constexpr int kThreadSamples = 4;
-constexpr int kThreadsAlongRows = kLinearTileRows / kThreadRows;
+constexpr int kThreadsAlongOutputs = kLinearTileOutputs / kThreadOutputs;
 constexpr int kThreadsAlongSamples = kLinearTileSamples / kThreadSamples;
-constexpr int kWarps = kLinearThreads / kTileColumns;
-static_assert(kThreadsAlongRows * kThreadsAlongSamples == kLinearThreads);
+constexpr int kWarps = kLinearThreads / kTileSteps;
+static_assert(kThreadsAlongOutputs * kThreadsAlongSamples == kLinearThreads);
 
 // A size within a tile: `remaining`, cut to the tile.
-__device__ int at_most(int64_t remaining, int64_t tile) {
+__device__ __forceinline__ int at_most(int64_t remaining, int64_t tile) {
   return static_cast<int>(min(remaining, tile));
 }
 
-}  // namespace
+template <class T>
+__device__ __forceinline__ void any_block_product(const BlockProductArgs<T>& args) {
+  // The odd row length puts the four samples that a warp reads together into different banks; the
+  // even one of the weights, steps that are written together, two by two.
+  __shared__ float inputs[kLinearTileSamples][kTileSteps + 1];
+  __shared__ float2 weights[kTileSteps][kThreadsAlongOutputs + 1];
 
-extern "C" __global__ void __launch_bounds__(kLinearThreads)
-    block_sparse_linear_f32(const BlockSparseLinearArgs<float> args) {
-  // The odd row length puts the four samples that a warp reads together into different banks.
-  __shared__ float inputs[kLinearTileSamples][kTileColumns + 1];
-  __shared__ float2 weights[kTileColumns][kThreadsAlongRows];
-
-  const auto rows = static_cast<int>(args.weight.rows);
-  const auto cols = static_cast<int>(args.weight.cols);
+  const auto& weight = args.weight;
+  const auto outputs = static_cast<int>(weight.outputs);
+  const auto steps = static_cast<int>(weight.steps);
   // Neighbouring thread blocks share their inputs rather than their weights: all kept weights
   // together usually fit the second-level cache, all inputs do not.
-  const uint32_t row_tiles = (static_cast<uint32_t>(rows) + kLinearTileRows - 1) / kLinearTileRows;
-  const uint32_t output_tiles = static_cast<uint32_t>(args.weight.block_rows) * row_tiles;
+  const uint32_t list_tiles =
+      (static_cast<uint32_t>(outputs) + kLinearTileOutputs - 1) / kLinearTileOutputs;
+  const uint32_t output_tiles = static_cast<uint32_t>(weight.lists) * list_tiles;
   const uint32_t output_tile = blockIdx.x % output_tiles;
-  const uint32_t block_row = output_tile / row_tiles;
-  const int first_row = static_cast<int>(output_tile % row_tiles) * kLinearTileRows;
-  const int64_t first_output = int64_t{block_row} * rows + first_row;
+  const uint32_t list = output_tile / list_tiles;
+  const int first_in_list = static_cast<int>(output_tile % list_tiles) * kLinearTileOutputs;
+  const int64_t first_output = int64_t{list} * outputs + first_in_list;
   const int64_t first_sample = int64_t{blockIdx.x / output_tiles} * kLinearTileSamples;
   const int tile_samples = at_most(args.input.rows - first_sample, kLinearTileSamples);
-  // The last tile of a block row may reach past the block, and the last block past the outputs.
-  const int tile_rows =
-      at_most(args.output.cols - first_output, at_most(rows - first_row, kLinearTileRows));
+  // The last tile of a list may reach past the block, and the last block past the outputs.
+  const int tile_outputs = at_most(args.output.cols - first_output,
+                                   at_most(outputs - first_in_list, kLinearTileOutputs));
 
   const auto thread = static_cast<int>(threadIdx.x);
-  const int x = thread % kThreadsAlongRows, y = thread / kThreadsAlongRows;
-  float sums[kThreadSamples][kThreadRows] = {};
+  const int x = thread % kThreadsAlongOutputs, y = thread / kThreadsAlongOutputs;
+  float sums[kThreadSamples][kThreadOutputs] = {};
 
-  const int32_t last_block = args.weight.crow_indices[block_row + 1];
-  for (int32_t k = args.weight.crow_indices[block_row]; k < last_block; ++k) {
-    const int64_t first_column = int64_t{args.weight.col_indices[k]} * cols;
-    const int columns = at_most(args.input.cols - first_column, cols);
-    const float* block_inputs =
-        args.input.data + first_sample * args.input.row_stride + first_column;
-    const float* block_weights =
-        args.weight.packed_values + k * args.weight.cols * args.weight.rows + first_row;
+  const int32_t last_entry = weight.offsets[list + 1];
+  for (int32_t entry = weight.offsets[list]; entry < last_entry; ++entry) {
+    const int64_t first_column = int64_t{weight.sources[entry]} * steps;
+    const int64_t block = weight.blocks ? weight.blocks[entry] : entry;
+    const int block_steps = at_most(args.input.cols - first_column, steps);
+    const T* block_inputs = args.input.data + first_sample * args.input.row_stride + first_column;
+    const T* block_weights = weight.values + block * weight.steps * weight.outputs +
+                             first_in_list * weight.output_stride;
 
-    for (int begin = 0; begin < columns; begin += kTileColumns) {
-      const int tile_columns = at_most(columns - begin, kTileColumns);
-      const int warp = thread / kTileColumns, column = thread % kTileColumns;
-      if (column < tile_columns) {
-        const float* source = block_inputs + begin + column;
+    for (int begin = 0; begin < block_steps; begin += kTileSteps) {
+      const int tile_steps = at_most(block_steps - begin, kTileSteps);
+      const int warp = thread / kTileSteps, step = thread % kTileSteps;
+      if (step < tile_steps) {
+        const T* source = block_inputs + begin + step;
 #pragma unroll 4
         for (int i = 0; i < kLinearTileSamples / kWarps; ++i) {
           const int s = warp + i * kWarps;
-          // Samples and rows that do not exist are 0 in the tile, and never stored.
-          inputs[s][column] = s < tile_samples ? source[s * args.input.row_stride] : 0.0f;
+          // Samples and outputs that do not exist are 0 in the tile, and never stored.
+          inputs[s][step] = s < tile_samples ? to_float(source[s * args.input.row_stride]) : 0.0f;
         }
       }
+      // Along the dimension whose elements lie side by side.
+      const bool steps_together = weight.step_stride == 1;
 #pragma unroll
-      for (int i = 0; i < kTileColumns / kThreadsAlongSamples; ++i) {
-        const int c = y + i * kThreadsAlongSamples;
-        if (c < tile_columns) {
-          const float* source = block_weights + (begin + c) * args.weight.rows + kThreadRows * x;
-          weights[c][x] = {kThreadRows * x < tile_rows ? source[0] : 0.0f,
-                           kThreadRows * x + 1 < tile_rows ? source[1] : 0.0f};
+      for (int i = 0; i < kTileSteps * kLinearTileOutputs / kLinearThreads; ++i) {
+        const int element = thread + i * kLinearThreads;
+        const int s = steps_together ? element % kTileSteps : element / kLinearTileOutputs;
+        const int o = steps_together ? element / kTileSteps : element % kLinearTileOutputs;
+        if (s < tile_steps) {
+          const T* source =
+              block_weights + (begin + s) * weight.step_stride + o * weight.output_stride;
+          reinterpret_cast<float*>(weights[s])[o] = o < tile_outputs ? to_float(*source) : 0.0f;
         }
       }
       __syncthreads();
 #pragma unroll 4
-      for (int c = 0; c < tile_columns; ++c) {
-        const float2 weight = weights[c][x];
+      for (int s = 0; s < tile_steps; ++s) {
+        const float2 pair = weights[s][x];
 #pragma unroll
         for (int i = 0; i < kThreadSamples; ++i) {
-          const float input = inputs[y + i * kThreadsAlongSamples][c];
-          sums[i][0] = fmaf(input, weight.x, sums[i][0]);
-          sums[i][1] = fmaf(input, weight.y, sums[i][1]);
+          const float input = inputs[y + i * kThreadsAlongSamples][s];
+          sums[i][0] = fmaf(input, pair.x, sums[i][0]);
+          sums[i][1] = fmaf(input, pair.y, sums[i][1]);
         }
       }
       // The next step overwrites the tiles.
@@ -111,35 +118,86 @@ extern "C" __global__ void __launch_bounds__(kLinearThreads)
     }
   }
 
-  // Compared, not fmaxf, which would turn NaN into a number.
-  const float lowest = args.activation == Activation::kRelu ? 0.0f : -INFINITY;
 #pragma unroll
-  for (int j = 0; j < kThreadRows; ++j) {
-    const int row = kThreadRows * x + j;
-    if (row >= tile_rows) break;
-    const float bias = args.bias ? args.bias[first_output + row] : 0.0f;
+  for (int j = 0; j < kThreadOutputs; ++j) {
+    const int o = kThreadOutputs * x + j;
+    if (o >= tile_outputs) break;
+    const float bias = args.bias ? to_float(args.bias[first_output + o]) : 0.0f;
 #pragma unroll
     for (int i = 0; i < kThreadSamples; ++i) {
       const int s = y + i * kThreadsAlongSamples;
       if (s < tile_samples) {
-        const float value = sums[i][j] + bias;
-        args.output.data[(first_sample + s) * args.output.row_stride + first_output + row] =
-            value < lowest ? lowest : value;
+        args.output.data[(first_sample + s) * args.output.row_stride + first_output + o] =
+            from_float<T>(activate(sums[i][j] + bias, args.activation));
       }
     }
   }
 }
 
-cudaError_t launch_block_sparse_linear(const BlockSparseLinearArgs<float>& args,
-                                       cudaStream_t stream) {
-  const auto plan = plan_block_sparse_linear_cuda(
-      {args.input.rows, args.input.cols, args.output.cols, args.weight.rows, args.weight.cols});
+}  // namespace
+
+extern "C" __global__ void __launch_bounds__(kLinearThreads)
+    block_sparse_linear_f32(const BlockProductArgs<float> args) {
+  any_block_product(args);
+}
+
+extern "C" __global__ void __launch_bounds__(kLinearThreads)
+    block_sparse_linear_f16(const BlockProductArgs<__half> args) {
+  any_block_product(args);
+}
+
+extern "C" __global__ void __launch_bounds__(kLinearThreads)
+    block_sparse_linear_bf16(const BlockProductArgs<__nv_bfloat16> args) {
+  any_block_product(args);
+}
+
+namespace {
+
+template <class T>
+cudaError_t launch(const BlockProductArgs<T>& args, LinearArithmetic arithmetic,
+                   bool input_gradient, BlockProductKernel<T> any, cudaStream_t stream,
+                   const char** kernel) {
+  const bool aligned = reinterpret_cast<uintptr_t>(args.weight.values) % 16 == 0;
+  int device = 0, multiprocessors = 0;
+  cudaError_t status = cudaGetDevice(&device);
+  if (status == cudaSuccess) {
+    status = cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device);
+  }
+  if (status != cudaSuccess) return status;
+  const auto plan =
+      plan_block_product({args.input.rows, args.input.cols, args.output.cols, args.weight.steps,
+                          args.weight.outputs, input_gradient, aligned, multiprocessors},
+                         arithmetic);
   if (!plan) return cudaErrorInvalidConfiguration;
-  if (plan->grid[0] == 0) return cudaSuccess;
-  block_sparse_linear_f32<<<dim3(plan->grid[0], plan->grid[1], plan->grid[2]),
-                            dim3(plan->block[0], plan->block[1], plan->block[2]),
-                            plan->shared_bytes, stream>>>(args);
+  const LaunchPlan& launch = plan->launch;
+  *kernel = launch.kernel;
+  if (launch.grid[0] == 0) return cudaSuccess;
+  const auto function =
+      plan->tile == LinearTile::kAny ? any : tile_kernel(plan->tile, input_gradient, T{});
+  function<<<dim3(launch.grid[0], launch.grid[1], launch.grid[2]),
+             dim3(launch.block[0], launch.block[1], launch.block[2]), launch.shared_bytes,
+             stream>>>(args);
   return cudaGetLastError();
+}
+
+}  // namespace
+
+cudaError_t launch_block_product(const BlockProductArgs<float>& args, bool allow_tf32,
+                                 bool input_gradient, cudaStream_t stream, const char** kernel) {
+  const auto arithmetic = allow_tf32 ? LinearArithmetic::kTf32 : LinearArithmetic::kF32;
+  return launch(args, arithmetic, input_gradient, block_sparse_linear_f32, stream, kernel);
+}
+
+cudaError_t launch_block_product(const BlockProductArgs<__half>& args, bool input_gradient,
+                                 cudaStream_t stream, const char** kernel) {
+  return launch(args, LinearArithmetic::kF16, input_gradient, block_sparse_linear_f16, stream,
+                kernel);
+}
+
+cudaError_t launch_block_product(const BlockProductArgs<__nv_bfloat16>& args, bool input_gradient,
+                                 cudaStream_t stream, const char** kernel) {
+  return launch(args, LinearArithmetic::kBf16, input_gradient, block_sparse_linear_bf16, stream,
+                kernel);
 }
 
 }  // namespace fastprune

@@ -81,7 +81,8 @@ def _why_dense(model: nn.Module, name: str, module: nn.Linear) -> str | None:
         return f"{kind} may have a forward of its own"
     if not is_plain(module):
         return "it has hooks or a forward of its own"
-    if module.weight.dtype not in (torch.float32, torch.float64):
+    half = module.weight.is_cuda and module.weight.dtype in (torch.float16, torch.bfloat16)
+    if module.weight.dtype not in (torch.float32, torch.float64) and not half:
         return f"no kernel for {module.weight.dtype}"
     return None
 

@@ -36,7 +36,8 @@ class BlockSparseLinear(nn.Module):
         activation: None, "relu", "gelu", "gelu_tanh" or "silu", computed by the same kernel.
 
     Shape:
-        input ``[*, in_features]``, output ``[*, out_features]``; float32 or float64.
+        input ``[*, in_features]``, output ``[*, out_features]``; float32 or float64, on CUDA also
+        float16 or bfloat16.
 
     Raises:
         ValueError: ``bias`` or ``activation`` does not fit.

@@ -1,0 +1,278 @@
+"""The PTX of the tensor-core kernels of block_sparse_linear, run in the simulator, and mutants of it."""
+
+import functools
+import itertools
+import os
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from . import harness
+from . import harness_block_sparse_linear as linear
+from .block_sparse_linear_cases import SCHEDULES, Case, with_blocks
+from .mutants import mutants_of, unnoticed
+
+pytestmark = pytest.mark.skipif(
+    harness.unavailable_reason() is not None, reason=harness.unavailable_reason() or ""
+)
+# All combinations of edges and all mutants, some minutes (`make cuda-check`); else samples of them.
+FULL_SWEEP = os.environ.get("FASTPRUNE_PTX_SWEEP") == "full"
+
+# Multiprocessors that make the plan take tiles of 128 x 128, or of 64 x 64.
+LARGE, SMALL = 1, 10**6
+# One below, at and above the rows of a fragment, of a warp and of a tile, and the few samples.
+SAMPLES = [1, 2, 7, 8, 9, 15, 16, 17, 31, 32, 33, 47, 48, 49, 63, 64, 65, 95, 96, 97, 127, 128, 129]
+SIDES = [16, 32, 48, 64, 80, 96, 112, 128]
+ARITHMETICS = ["float16", "bfloat16", "tf32"]
+
+
+def kernel_cases(**options) -> list[Case]:
+    """Calls that go to each tile, with edges of every kind."""
+    return [
+        Case(samples=16, rows=32, cols=48, out_features=90, in_features=151, **options),
+        Case(
+            samples=70, multiprocessors=SMALL, rows=32, cols=16, out_features=130, in_features=129, **options
+        ),
+        Case(samples=17, out_features=129, in_features=70, **options),
+        *with_blocks(32, 32, samples=97, density=0.4, **options),
+        *with_blocks(64, 64, samples=33, density=0.6, **options),
+        *with_blocks(128, 128, samples=17, density=0.7, **options),
+    ]
+
+
+EDGES = [
+    *(
+        case
+        for arithmetic, input_gradient in itertools.product(ARITHMETICS, (False, True))
+        for case in kernel_cases(arithmetic=arithmetic, input_gradient=input_gradient)
+    ),
+    *(Case(samples=samples, arithmetic="bfloat16", multiprocessors=SMALL) for samples in SAMPLES),
+    *(Case(samples=samples, arithmetic="float16", out_features=129) for samples in SAMPLES),
+    *(
+        replace(case, arithmetic="bfloat16", samples=40, input_gradient=input_gradient)
+        for side, input_gradient in itertools.product(SIDES, (False, True))
+        for case in with_blocks(side, 144 - side)
+    ),
+    *(
+        Case(arithmetic="tf32", samples=samples, activation=activation, bias=bias, out_features=200)
+        for samples in (9, 40)
+        for activation in harness.ACTIVATIONS
+        for bias in (False, True)
+    ),
+    *(
+        Case(arithmetic="bfloat16", samples=20, in_features=features, out_features=features + 1)
+        for features in (1, 2, 3, 4, 5, 7, 8, 9, 15, 17, 31, 33)
+    ),
+    # Rows of the input that are and are not aligned to 16 bytes.
+    *(
+        Case(arithmetic=arithmetic, samples=samples, row_gap=row_gap, in_features=40)
+        for arithmetic, samples, row_gap in itertools.product(("float16", "tf32"), (5, 70), (1, 2, 8))
+    ),
+    *(
+        Case(arithmetic=arithmetic, samples=samples, density=density, input_gradient=input_gradient)
+        for arithmetic, samples, density, input_gradient in itertools.product(
+            ("float16", "tf32"), (5, 40), (0.0, 1.0), (False, True)
+        )
+    ),
+]
+if FULL_SWEEP:
+    EDGES += [
+        replace(case, arithmetic=arithmetic, input_gradient=input_gradient, activation=activation, bias=bias)
+        for arithmetic, input_gradient, samples, rows, cols in itertools.product(
+            ARITHMETICS, (False, True), (3, 65), SIDES, (16, 48, 64, 128)
+        )
+        for case, activation, bias in zip(
+            with_blocks(rows, cols, samples=samples), ("none", "relu"), (False, True), strict=True
+        )
+        if not input_gradient or activation == "none"
+    ]
+
+
+@pytest.mark.parametrize("case", EDGES, ids=str)
+def test_clean_and_right_on_every_schedule(case):
+    outputs = []
+    for order, seed in SCHEDULES:
+        output, findings = case.check(order=order, seed=seed)
+        assert findings == []
+        outputs.append(output.tobytes())
+    assert len(set(outputs)) == 1, "the bits depend on the schedule"
+
+
+@pytest.mark.parametrize("input_gradient", [False, True])
+def test_every_kernel_is_met(input_gradient):
+    tiles = ("few_samples", "64x64_by_16", "128x128_by_16", "128x128_by_32", "128x128_by_64")
+    name = "block_sparse_linear_input_gradient" if input_gradient else "block_sparse_linear"
+    for arithmetic, type in (("float16", "f16"), ("bfloat16", "bf16"), ("tf32", "tf32")):
+        cases = kernel_cases(arithmetic=arithmetic, input_gradient=input_gradient)
+        assert {case.kernel() for case in cases} == {f"{name}_{type}_{tile}" for tile in tiles}
+
+
+@pytest.mark.parametrize("input_gradient", [False, True])
+@pytest.mark.parametrize("arithmetic", ARITHMETICS)
+def test_hopper_ptx_is_clean_too(arithmetic, input_gradient):
+    for case in kernel_cases(arithmetic=arithmetic, input_gradient=input_gradient):
+        assert case.check(arch="compute_90")[1] == [], case
+
+
+@pytest.mark.parametrize("samples", [5, 70])
+@pytest.mark.parametrize(("arithmetic", "misalign"), [("bfloat16", 2), ("float16", 8), ("tf32", 4)])
+def test_an_input_that_begins_anywhere(samples, arithmetic, misalign):
+    assert Case(samples=samples, arithmetic=arithmetic).check(misalign_input=misalign)[1] == []
+
+
+@pytest.mark.parametrize(("arithmetic", "misalign"), [("bfloat16", 2), ("float16", 8), ("float32", 4)])
+def test_weights_that_begin_anywhere(arithmetic, misalign):
+    for input_gradient in (False, True):
+        case = Case(samples=20, arithmetic=arithmetic, input_gradient=input_gradient)
+        assert case.check(misalign_weight=misalign, allow_tf32=True)[1] == []
+
+
+@pytest.mark.parametrize("input_gradient", [False, True])
+@pytest.mark.parametrize("arithmetic", ARITHMETICS)
+def test_bits_depend_neither_on_the_tile_nor_on_the_other_samples(arithmetic, input_gradient):
+    case = Case(
+        samples=140, rows=64, cols=64, in_features=256, out_features=256, arithmetic=arithmetic,
+        input_gradient=input_gradient,
+    )  # fmt: skip
+    arguments = case.arguments()
+    large, _ = case.run(arguments)
+    small, _ = case.run(arguments, multiprocessors=SMALL)
+    assert large.tobytes() == small.tobytes()
+    part = {**arguments, "input": arguments["input"][100:117]}
+    assert case.run(part)[0].tobytes() == large[100:117].tobytes()
+    few = [
+        case.run({**arguments, "input": arguments["input"][i:j]})[0] for i, j in ((0, 16), (3, 4), (1, 10))
+    ]
+    assert few[1].tobytes() == few[0][3:4].tobytes()
+    assert few[2].tobytes() == few[0][1:10].tobytes()
+
+
+@pytest.mark.parametrize("samples", [3, 40])
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_nan_and_infinity_reach_the_output(samples, value):
+    case = Case(samples=samples, arithmetic="float16", activation="relu", density=1.0)
+    arguments = case.arguments()
+    arguments["input"][1, 5] = value
+    output, findings = case.run(arguments)
+    assert findings == []
+    expected, _ = case.expected(arguments)
+    np.testing.assert_array_equal(np.isnan(output), np.isnan(expected))
+    np.testing.assert_array_equal(np.isinf(output), np.isinf(expected))
+
+
+def test_shared_memory_is_read_without_bank_conflicts():
+    for arithmetic, input_gradient in itertools.product(ARITHMETICS, (False, True)):
+        case = Case(
+            samples=128, rows=64, cols=64, in_features=128, out_features=128, density=1.0,
+            arithmetic=arithmetic, input_gradient=input_gradient,
+        )  # fmt: skip
+        for multiprocessors in (LARGE, SMALL):
+            assert case.run(case.arguments(), multiprocessors=multiprocessors)[1] == []
+            assert harness.last_stats()["ldmatrix_bank_conflicts"] == 0
+            assert harness.last_stats()["smem_bank_conflicts"] == 0
+
+
+# Broken on purpose: one instantiation of each kernel template.
+MUTANT_CASES = [
+    *(
+        case
+        for samples, width in ((70, 230), (15, 700))
+        for case in (
+            Case(samples=samples, out_features=72, in_features=width, activation="relu"),
+            Case(samples=samples - 5, rows=32, cols=48, out_features=62, in_features=width - 1, bias=False),
+            Case(samples=samples, row_gap=3, in_features=41),
+            Case(samples=samples, density=0.0),
+            Case(samples=samples, out_features=61, density=1.0, activation="gelu"),
+            Case(samples=samples, out_features=63, density=1.0, activation="gelu_tanh"),
+            Case(samples=samples, out_features=64, density=1.0, activation="silu"),
+            Case(samples=samples, cols=32, rows=32, out_features=224, in_features=width + 1),
+            Case(samples=samples, rows=48, cols=48, out_features=96, in_features=96, density=0.6),
+        )
+    ),
+    # Blocks that begin in any slot of a stage, and strips that end before their neighbours.
+    *(
+        Case(samples=20, rows=16, cols=cols, out_features=64, in_features=6 * cols, density=0.4, seed=seed)
+        for cols in (16, 32, 48, 64, 80)
+        for seed in range(3)
+    ),
+    # More slots than the rings of all warps hold.
+    Case(samples=15, out_features=16, in_features=1600, density=1.0),
+    # A last chunk of every length, aligned and not, in each of the slots that code is made for.
+    *(
+        Case(samples=samples, out_features=width, in_features=width, row_gap=gap, density=1.0)
+        for samples, widths in ((17, range(1, 97)), (9, range(1, 17)), (9, range(257, 273)))
+        for width in widths
+        for gap in (-width % 16 + 1, -width % 16 + 8)
+    ),
+]
+MUTATED = [
+    ("bfloat16", False, "64x64_by_16"),
+    ("tf32", True, "64x64_by_16"),
+    ("tf32", False, "few_samples"),
+    ("float16", True, "few_samples"),
+]
+# Mutants that compute the same, by what is done to which source line.
+EQUIVALENT = {
+    ("no guard", "const int64_t list = first_output_ / args.weight.outputs;"): "64-bit division is right too",
+    (
+        "no guard",
+        "const int64_t list = (first_output + lane % kStrips * strip_outputs) / weight.outputs;",
+    ): "64-bit division is right too",
+    (
+        "no guard",
+        "weight_offset_[0] = static_cast<int>((first_output_ + output) % args.weight.outputs);",
+    ): "64-bit division is right too",
+    (
+        "no guard",
+        "while (const uint32_t masks = queue & ((1u << kBits) - 1)) {",
+    ): "a first stage without slots multiplies nothing",
+    ("no guard", "if (mask == 0) break;"): "a slot without strips copies nothing",
+    ("no guard", "slot_ += kFewWarps;"): "64-bit division is right too",
+    ("no guard", ""): "64-bit division is right too",
+    ("bound + 1", "return max(0, min(end, kChunkElements<T>));"): "where both are equal either is right",
+    ("no guard", "if (aligned) {"): "elements one by one are right for any address",
+}
+
+
+def mutant_cases(arithmetic: str, input_gradient: bool, tile: str) -> list[Case]:
+    cases = [
+        replace(
+            case,
+            arithmetic=arithmetic,
+            input_gradient=input_gradient,
+            activation="none" if input_gradient else case.activation,
+            multiprocessors=SMALL,
+        )
+        for case in MUTANT_CASES
+    ]
+    return [case for case in cases if case.kernel().endswith(tile)]
+
+
+def notices(cases: list[Case], ptx_transform) -> bool:
+    return any(
+        case.check(order=order, ptx_transform=ptx_transform, max_instructions=10**7)[1]
+        for case in cases
+        for order in ("forward", "reverse")
+    )
+
+
+@pytest.mark.parametrize(("arithmetic", "input_gradient", "tile"), MUTATED)
+def test_every_barrier_and_every_wait_is_needed(arithmetic, input_gradient, tile):
+    cases = mutant_cases(arithmetic, input_gradient, tile)
+    assert len(cases) >= 3
+    assert not notices(cases, None)
+    kernel = cases[0].kernel()
+    mutants = [m for m in mutants_of(linear.source_of(kernel), kernel) if m.kind in ("no barrier", "no wait")]
+    assert {mutant.kind for mutant in mutants} == {"no barrier", "no wait"}
+    assert unnoticed(mutants, functools.partial(notices, cases)) == []
+
+
+@pytest.mark.parametrize(("arithmetic", "tile"), [("bfloat16", "64x64_by_16"), ("tf32", "few_samples")])
+def test_every_mutant_is_noticed(arithmetic, tile):
+    cases = mutant_cases(arithmetic, False, tile)
+    kernel = cases[0].kernel()
+    mutants = mutants_of(linear.source_of(kernel), kernel)
+    assert {"no barrier", "no wait", "bound + 1", "no guard", "tile - 1"} == {m.kind for m in mutants}
+    missed = unnoticed(mutants if FULL_SWEEP else mutants[::16], functools.partial(notices, cases))
+    assert [mutant for mutant in missed if mutant not in EQUIVALENT] == []
