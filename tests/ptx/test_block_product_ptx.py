@@ -80,7 +80,7 @@ if FULL_SWEEP:
     EDGES += [
         replace(case, arithmetic=arithmetic, input_gradient=input_gradient, activation=activation, bias=bias)
         for arithmetic, input_gradient, samples, rows, cols in itertools.product(
-            ARITHMETICS, (False, True), (3, 65), SIDES, (16, 48, 64, 128)
+            ARITHMETICS, (False, True), (3, 65), SIDES, (16, 80)
         )
         for case, activation, bias in zip(
             with_blocks(rows, cols, samples=samples), ("none", "relu"), (False, True), strict=True
