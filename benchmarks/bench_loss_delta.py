@@ -71,8 +71,9 @@ def check_in_double(
     targets: Tensor,
     pieces: Callable[[Any], Iterable[Parameters]],
     loop: bool = False,
+    about: int = 40,
 ) -> Callable[[Tensor, Any], None]:
-    """A check of about 40 of the deltas against masked forwards in float64.
+    """A check of some of the deltas against masked forwards in float64.
 
     Args:
         model: what is scored.
@@ -81,6 +82,7 @@ def check_in_double(
         pieces: the pieces of a copy of the model, in the order of the deltas.
         loop: whether the baseline gives the same deltas by masked forwards in float32, whose differences of
             mean losses are good to a millionth of the loss; all are compared with those.
+        about: how many are checked, evenly spaced.
 
     """
 
@@ -89,7 +91,7 @@ def check_in_double(
             torch.testing.assert_close(deltas, baseline, rtol=1e-2, atol=1e-5)
         double = copy.deepcopy(model).double()
         exact = inputs if isinstance(inputs, dict) else inputs.double()
-        every = max(1, deltas.numel() // 40)
+        every = max(1, deltas.numel() // about)
         wanted = masked_forwards(double, exact, targets, list(pieces(double))[::every])
         with torch.no_grad():
             output = double(**exact) if isinstance(exact, dict) else double(exact)
@@ -210,7 +212,7 @@ def bench_resnet18_filters(benchmark, thread_count: int) -> None:
             benchmark,
             ours,
             lambda: masked_forwards(model, inputs, targets, filters(model)),
-            check=check_in_double(model, inputs, targets, filters, loop=True),
+            check=check_in_double(model, inputs, targets, filters, loop=True, about=10),
             group=f"one of {SomeUnits.share} filters of all convolutions of a ResNet-18, 32x32, N = 256, "
             f"against the loop, {thread_count} threads",
         )
@@ -247,7 +249,7 @@ def bench_minilm(benchmark, thread_count: int) -> None:
             benchmark,
             ours,
             lambda: masked_forwards(model, inputs, targets, pieces(model)),
-            check=check_in_double(model, inputs, targets, pieces, loop=True),
+            check=check_in_double(model, inputs, targets, pieces, loop=True, about=20),
             group="72 heads and 288 blocks of 32 feed-forward units of MiniLM, 64 sentences of 32 tokens, "
             f"against the loop, {thread_count} threads",
         )
