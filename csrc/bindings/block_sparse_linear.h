@@ -55,6 +55,13 @@ inline void check_feature_count(const char* op, const char* name, int64_t count)
   if (count < 0) throw_value_error(op, ": `", name, "` must be >= 0, got ", count);
 }
 
+inline void check_bias(const char* op, const Tensor& input, const Tensor& bias, int64_t size) {
+  check_same_device(op, "bias", bias, input);
+  check_dtype(op, "bias", bias, input.scalar_type());
+  check_dim(op, "bias", bias, 1);
+  check_size(op, "bias", bias, 0, size);
+}
+
 inline void check_block_sparse_linear(const char* op, const Tensor& input,
                                       const Tensor& packed_values, const Tensor& crow_indices,
                                       const Tensor& col_indices, const std::optional<Tensor>& bias,
@@ -64,12 +71,7 @@ inline void check_block_sparse_linear(const char* op, const Tensor& input,
   check_feature_count(op, "out_features", out_features);
   check_size(op, "crow_indices", crow_indices, 0,
              ceil_divide(out_features, packed_values.size(2)) + 1);
-  if (bias) {
-    check_same_device(op, "bias", *bias, input);
-    check_dtype(op, "bias", *bias, input.scalar_type());
-    check_dim(op, "bias", *bias, 1);
-    check_size(op, "bias", *bias, 0, out_features);
-  }
+  if (bias) check_bias(op, input, *bias, out_features);
 }
 
 inline void check_weight_gradient(const char* op, const Tensor& grad_output, const Tensor& input,

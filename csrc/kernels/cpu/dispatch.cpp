@@ -14,6 +14,11 @@ namespace fastprune {
   template <class T>                                                                             \
   void block_product(const BlockProductArgs<T>&, const BlockProductWork&, int64_t, int64_t, T*); \
   template <class T>                                                                             \
+  BlockConvolutionWork plan_block_convolution(const BlockConvolutionArgs<T>&, int64_t);          \
+  template <class T>                                                                             \
+  void block_convolution(const BlockConvolutionArgs<T>&, const BlockConvolutionWork&, int64_t,   \
+                         int64_t, T*);                                                           \
+  template <class T>                                                                             \
   BlockSparseLinearWeightGradientWork plan_block_sparse_linear_weight_gradient(                  \
       const BlockSparseLinearWeightGradientArgs<T>&);                                            \
   template <class T>                                                                             \
@@ -35,6 +40,8 @@ namespace fastprune {
   template <class T>                                                                             \
   constexpr CpuKernelsOf<T> kTable = {plan_block_product<T>,                                     \
                                       block_product<T>,                                          \
+                                      plan_block_convolution<T>,                                 \
+                                      block_convolution<T>,                                      \
                                       plan_block_sparse_linear_weight_gradient<T>,               \
                                       block_sparse_linear_weight_gradient<T>,                    \
                                       ablated_cross_entropy_scratch<T>,                          \

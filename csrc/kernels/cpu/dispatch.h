@@ -8,6 +8,7 @@
 #include "../ablated_cross_entropy.h"
 #include "../ablated_mlp_cross_entropy.h"
 #include "../block_sparse_linear_weight_gradient.h"
+#include "block_convolution.h"
 #include "block_product.h"
 
 namespace fastprune {
@@ -21,6 +22,9 @@ struct CpuKernelsOf {
   BlockProductWork (*plan_block_product)(const BlockProductArgs<T>&, int64_t threads);
   void (*block_product)(const BlockProductArgs<T>&, const BlockProductWork&, int64_t begin,
                         int64_t end, T* scratch);
+  BlockConvolutionWork (*plan_block_convolution)(const BlockConvolutionArgs<T>&, int64_t threads);
+  void (*block_convolution)(const BlockConvolutionArgs<T>&, const BlockConvolutionWork&,
+                            int64_t begin, int64_t end, T* scratch);
   BlockSparseLinearWeightGradientWork (*plan_weight_gradient)(
       const BlockSparseLinearWeightGradientArgs<T>&);
   void (*weight_gradient)(const BlockSparseLinearWeightGradientArgs<T>&,
