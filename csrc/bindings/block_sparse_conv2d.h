@@ -29,12 +29,9 @@ inline void check_counts(const char* op, const char* name, const std::vector<int
 }
 
 // padding: top, bottom, left, right.
-inline ConvolutionGeometry convolution_geometry(const char* op,
-                                                const std::vector<int64_t>& kernel_size,
-                                                const std::vector<int64_t>& stride,
-                                                const std::vector<int64_t>& padding,
-                                                const std::vector<int64_t>& dilation,
-                                                int64_t groups) {
+inline ConvolutionGeometry convolution_geometry(
+    const char* op, const std::vector<int64_t>& kernel_size, const std::vector<int64_t>& stride,
+    const std::vector<int64_t>& padding, const std::vector<int64_t>& dilation, int64_t groups) {
   check_counts(op, "kernel_size", kernel_size, 2, 1);
   check_counts(op, "stride", stride, 2, 1);
   check_counts(op, "padding", padding, 4, 0);
@@ -121,11 +118,23 @@ inline Tensor empty_images(const Tensor& like, int64_t images, int64_t channels,
                               {height * width * channels, 1, width * channels, channels});
 }
 
+// The taps of the forward, row-major.
+inline std::vector<ConvolutionTap> forward_taps(const ConvolutionGeometry& geometry) {
+  std::vector<ConvolutionTap> taps;
+  for (int64_t y = 0; y < geometry.kernel_height; ++y) {
+    for (int64_t x = 0; x < geometry.kernel_width; ++x) {
+      taps.push_back({y * geometry.dilation_height - geometry.padding_top,
+                      x * geometry.dilation_width - geometry.padding_left});
+    }
+  }
+  return taps;
+}
+
 template <class T, class Data>
 ImageView<T> image_view(Data* data, const Tensor& images) {
-  return {static_cast<T*>(data), images.size(0),   images.size(1),   images.size(2),
-          images.size(3),        images.stride(0), images.stride(1), images.stride(2),
-          images.stride(3)};
+  return {static_cast<T*>(data), images.size(0),   images.size(1),
+          images.size(2),        images.size(3),   images.stride(0),
+          images.stride(1),      images.stride(2), images.stride(3)};
 }
 
 }  // namespace fastprune

@@ -1,9 +1,8 @@
 #include <torch/csrc/stable/library.h>
 
-#include "../kernels/cpu/dispatch.h"
 #include "block_sparse_conv2d.h"
 #include "block_structure.h"
-#include "parallel_kernel.h"
+#include "convolve.h"
 
 namespace fastprune {
 namespace {
@@ -11,32 +10,11 @@ namespace {
 constexpr const char* kOp = "block_sparse_conv2d";
 
 template <class T>
-void convolve(const BlockConvolutionArgs<T>& args) {
-  if (args.output.images == 0 || args.output.channels == 0) return;
-  const auto& kernels = kernels_of<T>(cpu_kernels());
-  const auto& weight = args.weight;
-  const BlockConvolutionWork work =
-      kernels.plan_block_convolution(args, torch::stable::get_num_threads());
-  const int64_t multiply_adds = args.output.images * args.output.height * args.output.width *
-                                weight.outputs * weight.steps * weight.offsets[weight.lists];
-  parallel_kernel<T>(work.total, multiply_adds, work.scratch_size,
-                     [&](int64_t begin, int64_t end, T* scratch) {
-                       kernels.block_convolution(args, work, begin, end, scratch);
-                     });
-}
-
-template <class T>
 void run(const Tensor& input, const Tensor& packed_values, const Tensor& crow_indices,
          const Tensor& col_indices, const std::optional<Tensor>& bias,
          const ConvolutionGeometry& geometry, int64_t channel_blocks, Activation activation,
          const Tensor& output) {
-  std::vector<ConvolutionTap> taps;
-  for (int64_t y = 0; y < geometry.kernel_height; ++y) {
-    for (int64_t x = 0; x < geometry.kernel_width; ++x) {
-      taps.push_back({y * geometry.dilation_height - geometry.padding_top,
-                      x * geometry.dilation_width - geometry.padding_left});
-    }
-  }
+  const std::vector<ConvolutionTap> taps = forward_taps(geometry);
   const int64_t rows = packed_values.size(2), cols = packed_values.size(1);
   BlockConvolutionArgs<T> args;
   args.input = image_view<const T>(input.const_data_ptr(), input);
@@ -87,8 +65,7 @@ Tensor block_sparse_conv2d_cpu(const Tensor& input, const Tensor& packed_values,
   const Tensor col = as_contiguous(col_indices);
   std::optional<Tensor> contiguous_bias;
   if (bias) contiguous_bias = as_contiguous(*bias);
-  const Tensor output =
-      empty_images(input, input.size(0), out_channels, size.height, size.width);
+  const Tensor output = empty_images(input, input.size(0), out_channels, size.height, size.width);
   with_floating_type(kOp, "input", input, [&](auto zero) {
     run<decltype(zero)>(input, values, crow, col, contiguous_bias, geometry, channel_blocks,
                         activation, output);

@@ -74,6 +74,13 @@ inline void check_block_sparse_linear(const char* op, const Tensor& input,
   if (bias) check_bias(op, input, *bias, out_features);
 }
 
+inline void check_block_sides(const char* op, int64_t rows, int64_t cols) {
+  if (rows < 1 || cols < 1 || rows > kLargestBlock || cols > kLargestBlock) {
+    throw_value_error(op, ": `rows` and `cols` must be from 1 to ", kLargestBlock, ", got ", rows,
+                      " and ", cols);
+  }
+}
+
 inline void check_weight_gradient(const char* op, const Tensor& grad_output, const Tensor& input,
                                   const Tensor& crow_indices, const Tensor& col_indices,
                                   int64_t rows, int64_t cols) {
@@ -86,10 +93,7 @@ inline void check_weight_gradient(const char* op, const Tensor& grad_output, con
   for (int64_t d = 0; d + 1 < input.dim(); ++d) {
     check_size(op, "input", input, d, grad_output.size(d));
   }
-  if (rows < 1 || cols < 1 || rows > kLargestBlock || cols > kLargestBlock) {
-    throw_value_error(op, ": `rows` and `cols` must be from 1 to ", kLargestBlock, ", got ", rows,
-                      " and ", cols);
-  }
+  check_block_sides(op, rows, cols);
   check_size(op, "crow_indices", crow_indices, 0,
              ceil_divide(grad_output.size(grad_output.dim() - 1), rows) + 1);
 }

@@ -44,6 +44,6 @@ struct ImageView {
   int64_t column_stride;
 };
 
-enum class Activation : int32_t { kNone, kRelu, kGelu, kGeluTanh, kSilu };
+enum class Activation : int32_t { kNone, kRelu, kRelu6, kGelu, kGeluTanh, kSilu };
 
 }  // namespace fastprune

@@ -2,7 +2,7 @@
 // the way of the outputs into their memory format. The contract is in block_convolution.h.
 #include "block_convolution.h"
 
-#include "convolution_grid.h"
+#include "convolution_planes.h"
 #include "convolution_tile.h"
 #include "list_grid.h"
 
@@ -22,15 +22,23 @@ struct Reach {
   int64_t before = 0, after = 0;
 };
 
-template <class T>
-Reach reach_of(const BlockConvolutionArgs<T>& args, int64_t pitch) {
+Reach reach_of(const TapGrid& grid) {
   Reach reach;
-  for (int64_t t = 0; t < args.num_taps; ++t) {
-    const int64_t shift = tap_shift(args, pitch, args.taps[t]);
+  for (int64_t t = 0; t < grid.num_taps; ++t) {
+    const int64_t shift = tap_shift(grid, grid.taps[t]);
     if (-shift > reach.before) reach.before = -shift;
     if (shift > reach.after) reach.after = shift;
   }
   return reach;
+}
+
+// The grid of one sequence.
+template <class T>
+TapGrid grid_of(const BlockConvolutionArgs<T>& args, const BlockConvolutionWork& work) {
+  return {args.taps,          args.num_taps,     args.row_step,
+          args.column_step,   args.input.height, args.input.width,
+          args.output.height, args.output.width, work.in_place ? 1 : args.input.images,
+          work.pitch,         work.rows};
 }
 
 // Positions of one image up to its last output.
@@ -53,42 +61,6 @@ bool can_read_in_place(const BlockConvolutionArgs<T>& args) {
   return input.images == 1 || 8 * positions >= 7 * lanes;
 }
 
-// Channels [0, input.channels) of the positions of a panel: `first` is the sequence's position of
-// the panel's first, which may lie before the images.
-template <class T>
-void fill_panel(const BlockConvolutionArgs<T>& args, const BlockConvolutionWork& work,
-                int64_t first, int64_t count, T* panel) {
-  const auto& input = args.input;
-  const int64_t step = args.column_step * input.column_stride;
-  for (int64_t t = 0; t < args.num_taps; ++t) {
-    if (!is_first_of_phase(args, t)) continue;
-    const int64_t phase = phase_of(args, args.taps[t]);
-    const int64_t row_phase = phase / args.column_step, column_phase = phase % args.column_step;
-    const int64_t height = ceil_divide(input.height - row_phase, args.row_step);
-    const int64_t width = ceil_divide(input.width - column_phase, args.column_step);
-    const bool rows_meet =
-        width == work.pitch && args.row_step * input.row_stride == work.pitch * step;
-    for_each_run(work.pitch, work.rows, input.images, height, width, rows_meet, first, count,
-                 [&](int64_t image, int64_t row, int64_t column, int64_t lane, int64_t length) {
-                   const T* source = input.data + image * input.image_stride +
-                                     (row * args.row_step + row_phase) * input.row_stride +
-                                     column_phase * input.column_stride + column * step;
-                   T* target = panel + lane;
-                   if (input.channel_stride == 1) {
-                     transpose<T, true>(source, step, length, input.channels, target, work.plane);
-                     return;
-                   }
-                   for (int64_t c = 0; c < input.channels; ++c) {
-                     const T* channel = source + c * input.channel_stride;
-                     for (int64_t i = 0; i < length; ++i) {
-                       target[c * work.plane + i] = channel[i * step];
-                     }
-                   }
-                 });
-    panel += input.channels * work.plane;
-  }
-}
-
 // Whether positions [first, first + count) of an image lie side by side in each output channel.
 template <class T>
 bool meets_output(const BlockConvolutionArgs<T>& args, int64_t pitch, int64_t first,
@@ -105,10 +77,9 @@ void store_outputs(const BlockConvolutionArgs<T>& args, const BlockConvolutionWo
                    const T* result) {
   constexpr int64_t kWidth = kTileVectors * kLanes<T>;
   const auto& output = args.output;
-  const int64_t images = work.in_place ? 1 : output.images;
   const bool rows_meet =
       output.width == work.pitch && output.row_stride == work.pitch * output.column_stride;
-  for_each_run(work.pitch, work.rows, images, output.height, output.width, rows_meet, first, count,
+  for_each_run(grid_of(args, work), output.height, output.width, rows_meet, first, count,
                [&](int64_t run_image, int64_t row, int64_t column, int64_t lane, int64_t length) {
                  T* target = output.data + (image + run_image) * output.image_stride +
                              channel * output.channel_stride + row * output.row_stride +
@@ -127,8 +98,8 @@ void store_outputs(const BlockConvolutionArgs<T>& args, const BlockConvolutionWo
 }
 
 template <class T>
-using ConvolveList = void (*)(const BlockLists<T>&, int64_t, int64_t, int64_t,
-                              const TileSource<T>&, const T*, T*, int64_t);
+using ConvolveList = void (*)(const BlockLists<T>&, int64_t, int64_t, int64_t, const TileSource<T>&,
+                              const T*, T*, int64_t);
 
 template <class T>
 ConvolveList<T> list_function(bool unit_stride, int64_t vectors) {
@@ -206,11 +177,12 @@ BlockConvolutionWork plan_block_convolution(const BlockConvolutionArgs<T>& args,
     const int64_t positions =
         (input.images - 1) * work.rows * work.pitch + image_positions(args, work.pitch);
     work.vectors = ceil_divide(positions, kLanes<T>);
-    const Reach reach = reach_of(args, work.pitch);
-    const int64_t channels = count_phases(args) * input.channels;
-    const int64_t held = kPanelBytes / (channels > 0 ? channels * sizeof(T) : 1) - reach.before -
-                         reach.after;
-    int64_t most = held / (kTileVectors * kLanes<T>) * kTileVectors;
+    const TapGrid grid = grid_of(args, work);
+    const Reach reach = reach_of(grid);
+    const int64_t channels = count_phases(grid, grid.num_taps) * input.channels;
+    const int64_t held =
+        kPanelBytes / (channels > 0 ? channels * sizeof(T) : 1) - reach.before - reach.after;
+    int64_t most = held / (kTileVectors * kLanes<T>)*kTileVectors;
     most = most < kTileVectors ? kTileVectors : most < kMostGroupVectors ? most : kMostGroupVectors;
     // A multiple of the threads, so that few panels are filled by two of them.
     work.groups = ceil_divide(ceil_divide(work.vectors, most), threads) * threads;
@@ -240,21 +212,13 @@ void block_convolution(const BlockConvolutionArgs<T>& args, const BlockConvoluti
   auto* tile_taps = reinterpret_cast<TileTap<T>*>(scratch);
   const int64_t most_tiles = ceil_divide(ceil_divide(work.vectors, work.groups), kTileVectors);
   auto* offsets = reinterpret_cast<int64_t*>(tile_taps + args.num_taps * most_tiles);
-  int64_t phases = 0;
+  const TapGrid grid = grid_of(args, work);
   for (int64_t t = 0; t < args.num_taps; ++t) {
-    int64_t rank = phases;
-    for (int64_t u = 0, seen = 0; u < t; ++u) {
-      if (!is_first_of_phase(args, u)) continue;
-      if (phase_of(args, args.taps[u]) == phase_of(args, args.taps[t])) rank = seen;
-      ++seen;
-    }
-    phases += rank == phases;
-    offsets[t] = rank * args.input.channels * work.plane +
-                 tap_shift(args, work.pitch, args.taps[t]);
+    offsets[t] = tap_shift(grid, args.taps[t]) +
+                 (work.in_place ? 0 : phase_rank(grid, t) * args.input.channels * work.plane);
   }
   const auto first_unit = [&](int64_t group) {
-    return group / work.groups * work.vectors +
-           group % work.groups * work.vectors / work.groups;
+    return group / work.groups * work.vectors + group % work.groups * work.vectors / work.groups;
   };
   const auto convolve = [&](int64_t group, int64_t first_list, int64_t last_list) {
     const int64_t sequence = group / work.groups;
@@ -266,7 +230,7 @@ void block_convolution(const BlockConvolutionArgs<T>& args, const BlockConvoluti
     const T* data = args.input.data + sequence * args.input.image_stride + first;
     if (!work.in_place) {
       const int64_t count = work.before + vectors * kLanes<T> + work.after;
-      fill_panel(args, work, first - work.before, count, panel);
+      copy_phases(grid, args.input, first - work.before, count, panel, work.plane);
       data = panel + work.before;
     }
     const auto tile_of = [&](int64_t t) {
@@ -276,8 +240,7 @@ void block_convolution(const BlockConvolutionArgs<T>& args, const BlockConvoluti
     };
     for (int64_t t = 0; t < tiles; ++t) {
       const Tile<T> tile = tile_of(t);
-      make_tile_taps(args, work, offsets, tile.vector, tile.vectors,
-                     tile_taps + t * args.num_taps);
+      make_tile_taps(grid, offsets, tile.vector, tile.vectors, tile_taps + t * args.num_taps);
     }
     for (int64_t list = first_list; list < last_list; ++list) {
       for (int64_t t = 0; t < tiles; ++t) convolve_tile(args, work, tile_of(t), list, result);

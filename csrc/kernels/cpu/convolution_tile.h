@@ -13,6 +13,7 @@
 #pragma once
 
 #include "activation.h"
+#include "block_convolution.h"
 #include "convolution_grid.h"
 
 namespace fastprune {
@@ -23,6 +24,35 @@ constexpr int kTileOutputs = 8;  // 24 of 32 registers, and 4 for the inputs and
 #else
 constexpr int kTileOutputs = 4;  // 12 of 16 registers, and 4
 #endif
+
+constexpr int kTileVectors = 3;
+
+// What one tap reads for the vectors of one tile.
+template <class T>
+struct TileTap {
+  int64_t offset;  // from the element of the tile's first position
+  bool reads;      // whether any lane lies in the input
+  LaneMask<T> lanes[kTileVectors];
+};
+
+// The taps of the tile of vectors [first, first + count), into result[num_taps]; offsets[t] is the
+// tap's distance from a position to the element that it reads.
+template <class T>
+void make_tile_taps(const TapGrid& grid, const int64_t* offsets, int64_t first, int64_t count,
+                    TileTap<T>* result) {
+  for (int64_t t = 0; t < grid.num_taps; ++t) {
+    result[t].offset = offsets[t];
+    result[t].reads = false;
+  }
+  for (int64_t v = 0; v < count; ++v) {
+    const LanePositions<T> positions(grid, first + v);
+    for (int64_t t = 0; t < grid.num_taps; ++t) {
+      const auto inside = positions.inside(grid.taps[t]);
+      result[t].lanes[v] = lane_mask<T>(inside);
+      result[t].reads |= !all_lanes(~inside);
+    }
+  }
+}
 
 // What the tiles of one list read.
 template <class T>

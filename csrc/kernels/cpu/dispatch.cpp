@@ -26,6 +26,16 @@ namespace fastprune {
                                            const BlockSparseLinearWeightGradientWork&, int64_t,  \
                                            int64_t, T*);                                         \
   template <class T>                                                                             \
+  BlockSparseConv2dWeightGradientWork plan_block_sparse_conv2d_weight_gradient(                  \
+      const BlockSparseConv2dWeightGradientArgs<T>&);                                            \
+  template <class T>                                                                             \
+  void copy_conv2d_planes(const BlockSparseConv2dWeightGradientArgs<T>&,                         \
+                          const BlockSparseConv2dWeightGradientWork&, int64_t, int64_t, T*);     \
+  template <class T>                                                                             \
+  void block_sparse_conv2d_weight_gradient(const BlockSparseConv2dWeightGradientArgs<T>&,        \
+                                           const BlockSparseConv2dWeightGradientWork&, const T*, \
+                                           int64_t, int64_t, T*);                                \
+  template <class T>                                                                             \
   int64_t ablated_cross_entropy_scratch(const AblatedCrossEntropyArgs<T>&);                      \
   template <class T>                                                                             \
   void ablated_cross_entropy(const AblatedCrossEntropyArgs<T>&, int64_t, int64_t, T*);           \
@@ -44,6 +54,9 @@ namespace fastprune {
                                       block_convolution<T>,                                      \
                                       plan_block_sparse_linear_weight_gradient<T>,               \
                                       block_sparse_linear_weight_gradient<T>,                    \
+                                      plan_block_sparse_conv2d_weight_gradient<T>,               \
+                                      copy_conv2d_planes<T>,                                     \
+                                      block_sparse_conv2d_weight_gradient<T>,                    \
                                       ablated_cross_entropy_scratch<T>,                          \
                                       ablated_cross_entropy<T>,                                  \
                                       ablated_mlp_cross_entropy_scratch<T>,                      \
