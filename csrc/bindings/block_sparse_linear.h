@@ -55,6 +55,13 @@ inline void check_feature_count(const char* op, const char* name, int64_t count)
   if (count < 0) throw_value_error(op, ": `", name, "` must be >= 0, got ", count);
 }
 
+inline void check_bias(const char* op, const Tensor& input, const Tensor& bias, int64_t size) {
+  check_same_device(op, "bias", bias, input);
+  check_dtype(op, "bias", bias, input.scalar_type());
+  check_dim(op, "bias", bias, 1);
+  check_size(op, "bias", bias, 0, size);
+}
+
 inline void check_block_sparse_linear(const char* op, const Tensor& input,
                                       const Tensor& packed_values, const Tensor& crow_indices,
                                       const Tensor& col_indices, const std::optional<Tensor>& bias,
@@ -64,11 +71,13 @@ inline void check_block_sparse_linear(const char* op, const Tensor& input,
   check_feature_count(op, "out_features", out_features);
   check_size(op, "crow_indices", crow_indices, 0,
              ceil_divide(out_features, packed_values.size(2)) + 1);
-  if (bias) {
-    check_same_device(op, "bias", *bias, input);
-    check_dtype(op, "bias", *bias, input.scalar_type());
-    check_dim(op, "bias", *bias, 1);
-    check_size(op, "bias", *bias, 0, out_features);
+  if (bias) check_bias(op, input, *bias, out_features);
+}
+
+inline void check_block_sides(const char* op, int64_t rows, int64_t cols) {
+  if (rows < 1 || cols < 1 || rows > kLargestBlock || cols > kLargestBlock) {
+    throw_value_error(op, ": `rows` and `cols` must be from 1 to ", kLargestBlock, ", got ", rows,
+                      " and ", cols);
   }
 }
 
@@ -84,10 +93,7 @@ inline void check_weight_gradient(const char* op, const Tensor& grad_output, con
   for (int64_t d = 0; d + 1 < input.dim(); ++d) {
     check_size(op, "input", input, d, grad_output.size(d));
   }
-  if (rows < 1 || cols < 1 || rows > kLargestBlock || cols > kLargestBlock) {
-    throw_value_error(op, ": `rows` and `cols` must be from 1 to ", kLargestBlock, ", got ", rows,
-                      " and ", cols);
-  }
+  check_block_sides(op, rows, cols);
   check_size(op, "crow_indices", crow_indices, 0,
              ceil_divide(grad_output.size(grad_output.dim() - 1), rows) + 1);
 }

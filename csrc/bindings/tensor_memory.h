@@ -45,12 +45,9 @@ inline void advise_huge_pages(const Tensor& tensor) {
 #endif
 }
 
-// An uninitialised contiguous tensor with the dtype and the device of `like`, without that lookup.
-inline Tensor empty_tensor(const Tensor& like, const std::vector<int64_t>& shape) {
-  std::vector<int64_t> strides(shape.size(), 1);
-  for (size_t d = shape.size(); d-- > 1;) {
-    strides[d - 1] = strides[d] * (shape[d] > 0 ? shape[d] : 1);
-  }
+// An uninitialised tensor with the dtype and the device of `like`, without that lookup.
+inline Tensor empty_strided_tensor(const Tensor& like, const std::vector<int64_t>& shape,
+                                   const std::vector<int64_t>& strides) {
   int32_t dtype, device_type;
   STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(like.get(), &dtype));
   STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device_type));
@@ -61,6 +58,15 @@ inline Tensor empty_tensor(const Tensor& like, const std::vector<int64_t>& shape
   const Tensor result(handle);
   advise_huge_pages(result);
   return result;
+}
+
+// The same, contiguous.
+inline Tensor empty_tensor(const Tensor& like, const std::vector<int64_t>& shape) {
+  std::vector<int64_t> strides(shape.size(), 1);
+  for (size_t d = shape.size(); d-- > 1;) {
+    strides[d - 1] = strides[d] * (shape[d] > 0 ? shape[d] : 1);
+  }
+  return empty_strided_tensor(like, shape, strides);
 }
 
 // The tensor itself where the columns are contiguous, else a contiguous copy.

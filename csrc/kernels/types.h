@@ -30,6 +30,20 @@ struct BlockSparseView {
   int64_t cols;
 };
 
-enum class Activation : int32_t { kNone, kRelu, kGelu, kGeluTanh, kSilu };
+// Images [images, channels, height, width] in any memory format: strides count elements.
+template <class T>
+struct ImageView {
+  T* data;
+  int64_t images;
+  int64_t channels;
+  int64_t height;
+  int64_t width;
+  int64_t image_stride;
+  int64_t channel_stride;
+  int64_t row_stride;
+  int64_t column_stride;
+};
+
+enum class Activation : int32_t { kNone, kRelu, kGelu, kGeluTanh, kSilu, kRelu6 };
 
 }  // namespace fastprune

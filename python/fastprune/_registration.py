@@ -13,6 +13,9 @@ from ._fake_checks import check, check_activation, check_floating, check_like
 
 _ops = torch.ops.fastprune
 
+CLIPPING = ("relu", "relu6")
+"""Activations whose gradient is read from their output."""
+
 
 def _check_indices(op: str, like: Tensor, block_rows: int, crow_indices: Tensor, col_indices: Tensor) -> None:
     for name, tensor in (("crow_indices", crow_indices), ("col_indices", col_indices)):
@@ -129,6 +132,22 @@ def _blocksize(packed_values: Tensor) -> tuple[int, int]:
     return packed_values.shape[2], packed_values.shape[1]
 
 
+def clipped_gradient(grad: Tensor, output: Tensor, activation: str) -> Tensor:
+    """Return the gradient of what went into an activation of CLIPPING, from that of its output."""
+    clipped = output <= 0  # NaN passes, as in torch's relu
+    if activation == "relu6":
+        clipped |= output >= 6
+    return torch.where(clipped, 0.0, grad)
+
+
+def activation_gradient(grad: Tensor, before: Tensor, activation: str) -> Tensor:
+    """Return the gradient of what went into another activation, ``before``."""
+    if activation == "silu":
+        return torch.ops.aten.silu_backward(grad, before)
+    approximate = "tanh" if activation == "gelu_tanh" else "none"
+    return torch.ops.aten.gelu_backward(grad, before, approximate=approximate)
+
+
 def _block_sparse_linear_setup(ctx: Any, inputs: tuple, output: Tensor) -> None:
     input, packed_values, crow_indices, col_indices, bias, out_features, activation, ctx.allow_tf32 = inputs
     ctx.save_for_backward(
@@ -136,8 +155,8 @@ def _block_sparse_linear_setup(ctx: Any, inputs: tuple, output: Tensor) -> None:
         packed_values,
         crow_indices,
         col_indices,
-        output if activation == "relu" else None,
-        bias if activation not in ("none", "relu") else None,
+        output if activation in CLIPPING else None,
+        bias if activation != "none" and activation not in CLIPPING else None,
     )
     ctx.activation = activation
     ctx.out_features = out_features
@@ -146,17 +165,13 @@ def _block_sparse_linear_setup(ctx: Any, inputs: tuple, output: Tensor) -> None:
 
 def _block_sparse_linear_backward(ctx: Any, grad: Tensor) -> tuple:
     input, packed_values, *structure, output, bias = ctx.saved_tensors
-    if ctx.activation == "relu":
-        grad = torch.where(output <= 0, 0.0, grad)  # NaN passes, as in torch's relu
+    if ctx.activation in CLIPPING:
+        grad = clipped_gradient(grad, output, ctx.activation)
     elif ctx.activation != "none":
         # What went into the activation is computed anew rather than kept.
         before = _product(input, packed_values, tuple(structure), ctx.out_features, ctx.allow_tf32)
         before = before if bias is None else before + bias
-        if ctx.activation == "silu":
-            grad = torch.ops.aten.silu_backward(grad, before)
-        else:
-            approximate = "tanh" if ctx.activation == "gelu_tanh" else "none"
-            grad = torch.ops.aten.gelu_backward(grad, before, approximate=approximate)
+        grad = activation_gradient(grad, before, ctx.activation)
     grad_input = grad_values = grad_bias = None
     if ctx.needs_input_grad[0]:
         grad_input = _input_gradient(grad, packed_values, tuple(structure), input.shape[-1], ctx.allow_tf32)

@@ -213,9 +213,9 @@ def is_elementwise(traced: TracedModel, node: fx.Node) -> bool:
     return op is not None and op.kind == "elementwise" and len(node.all_input_nodes) == 1
 
 
-_ACTIVATION_MODULES = {nn.ReLU: "relu", nn.SiLU: "silu", nn.GELU: "gelu"}
+_ACTIVATION_MODULES = {nn.ReLU: "relu", nn.ReLU6: "relu6", nn.SiLU: "silu", nn.GELU: "gelu"}
 _ACTIVATION_FUNCTIONS = {
-    F.relu: "relu", torch.relu: "relu", _aten.relu.default: "relu",
+    F.relu: "relu", torch.relu: "relu", _aten.relu.default: "relu", F.relu6: "relu6",
     F.silu: "silu", _aten.silu.default: "silu", F.gelu: "gelu", _aten.gelu.default: "gelu",
 }  # fmt: skip
 

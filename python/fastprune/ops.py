@@ -2,46 +2,25 @@
 
 from __future__ import annotations
 
-import warnings
-
 import torch
 from torch import Tensor
 
 from . import _library, reference
-from . import _registration as _registration  # fake kernels, gradients and autocast of the ops
-from . import _registration_ablation as _registration_ablation
+from . import _registration_ablation as _registration_ablation  # fake kernels, gradients and autocast
+from ._dispatch import is_transformed, lacks_cuda_kernel, needs_grad
 from ._fake_checks import CUDA_DTYPES
+from ._registration import CLIPPING
+from .ops_conv import (
+    block_sparse_conv2d as block_sparse_conv2d,
+)
+from .ops_conv import (
+    block_sparse_conv2d_input_gradient as block_sparse_conv2d_input_gradient,
+)
+from .ops_conv import (
+    block_sparse_conv2d_weight_gradient as block_sparse_conv2d_weight_gradient,
+)
 
 _ops = torch.ops.fastprune
-_warned: set[str] = set()
-
-
-def _is_transformed() -> bool:
-    """Whether a torch.func transform or forward-mode differentiation is under way, which ops do not serve."""
-    return (
-        torch._C._functorch.peek_interpreter_stack() is not None
-        or torch.autograd.forward_ad._current_level >= 0
-    )
-
-
-def _needs_grad(*tensors: Tensor | None) -> bool:
-    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
-
-
-def _lacks_cuda_kernel(op: str, tensor: Tensor, supported: bool) -> bool:
-    """Tell whether a CUDA tensor must take the dense way, and say so once for each op and reason."""
-    if not tensor.is_cuda:
-        return False
-    reason = _library.cuda_kernels_unavailable_reason()
-    if reason is None and supported:
-        return False
-    message = f"fastprune: {op} runs on the dense weight on CUDA: " + (
-        f"CUDA kernels are {reason}" if reason is not None else f"it has no CUDA kernel for {tensor.dtype}"
-    )
-    if message not in _warned:
-        _warned.add(message)
-        warnings.warn(message, stacklevel=3)
-    return True
 
 
 @torch.compiler.assume_constant_result
@@ -125,8 +104,8 @@ def block_sparse_linear(
         col_indices: ``[kept]``, int32, increasing within a block row.
         bias: ``[out_features]`` or None.
         out_features: rows of the weight; the last block row may reach past them.
-        activation: None, "relu", "gelu", "gelu_tanh" or "silu", fused into the store where no gradient is
-            needed (relu: always). ``csrc/kernels/cpu/activation.h`` has the formulas.
+        activation: None, "relu", "relu6", "gelu", "gelu_tanh" or "silu", fused into the store where no
+            gradient is needed (relu and, on the CPU, relu6: always). ``csrc/kernels/cpu/activation.h`` has the formulas.
 
     Returns:
         ``[*, out_features]``, contiguous, the dtype of ``input``.
@@ -137,7 +116,7 @@ def block_sparse_linear(
     """
     input, packed_values, bias = _autocast(input, packed_values, bias)  # type: ignore[assignment]
     supported = input.dtype in CUDA_DTYPES
-    if _is_transformed() or _lacks_cuda_kernel("block_sparse_linear", input, supported):
+    if is_transformed() or lacks_cuda_kernel("block_sparse_linear", input, supported):
         return reference.block_sparse_linear(
             input,
             packed_values,
@@ -147,14 +126,15 @@ def block_sparse_linear(
             out_features=out_features,
             activation=activation,
         )
-    if not _needs_grad(input, packed_values, bias):
+    if not needs_grad(input, packed_values, bias):
         # The op with gradients costs some microseconds more for each call.
         op = _ops.block_sparse_linear_inference
-        fused = True
+        fused = activation != "relu6" or not input.is_cuda
     else:
         # Kept for the backward, what goes into a curved activation costs less than computing it anew.
         op = _ops.block_sparse_linear
-        fused = activation not in reference.ACTIVATIONS or activation == "relu"
+        fused = activation not in reference.ACTIVATIONS or activation in CLIPPING
+        fused = fused and (activation != "relu6" or not input.is_cuda)
     name = activation if fused and activation is not None else "none"
     allow_tf32 = _allow_tf32(input)
     output = op(input, packed_values, crow_indices, col_indices, bias, out_features, name, allow_tf32)
@@ -194,7 +174,7 @@ def block_sparse_linear_input_gradient(
 
     """
     op = "block_sparse_linear_input_gradient"
-    if _is_transformed() or _lacks_cuda_kernel(op, grad_output, grad_output.dtype in CUDA_DTYPES):
+    if is_transformed() or lacks_cuda_kernel(op, grad_output, grad_output.dtype in CUDA_DTYPES):
         return reference.block_sparse_linear_input_gradient(
             grad_output, packed_values, crow_indices, col_indices, in_features=in_features
         )
@@ -239,7 +219,7 @@ def block_sparse_linear_weight_gradient(
     """
     op = "block_sparse_linear_weight_gradient"
     supported = grad_output.dtype in CUDA_DTYPES
-    if _is_transformed() or _lacks_cuda_kernel(op, grad_output, supported):
+    if is_transformed() or lacks_cuda_kernel(op, grad_output, supported):
         return reference.block_sparse_linear_weight_gradient(
             grad_output, input, crow_indices, col_indices, blocksize=blocksize
         )
@@ -275,7 +255,7 @@ def ablate_linear(output: Tensor, input: Tensor, weight: Tensor, pieces: Tensor)
             reading them would make the host wait, such pieces give NaN.
 
     """
-    if _lacks_cuda_kernel("ablate_linear", output, _autocast_to_float32(output)) or _is_transformed():
+    if lacks_cuda_kernel("ablate_linear", output, _autocast_to_float32(output)) or is_transformed():
         return reference.ablate_linear(output, input, weight, pieces)
     return _ops.ablate_linear(output, input, weight, pieces)
 
@@ -316,7 +296,7 @@ def ablated_cross_entropy(
             CUDA, where reading them would make the host wait, these give NaN.
 
     """
-    if _lacks_cuda_kernel("ablated_cross_entropy", logits, _autocast_to_float32(logits)) or _is_transformed():
+    if lacks_cuda_kernel("ablated_cross_entropy", logits, _autocast_to_float32(logits)) or is_transformed():
         return reference.ablated_cross_entropy(logits, hidden, weight, targets, pieces, sample_weight)
     return _ops.ablated_cross_entropy(logits, hidden, weight, targets, pieces, sample_weight)
 
@@ -356,7 +336,7 @@ def ablated_mlp_cross_entropy(
         targets: ``[samples]``, int64 class indices in ``[0, classes)``.
         pieces: ``[pieces, 4]``, int32: row_begin, row_end, col_begin, col_end of a rectangle of
             ``first_weight``.
-        activation: None, "relu", "gelu", "gelu_tanh" or "silu".
+        activation: None, "relu", "relu6", "gelu", "gelu_tanh" or "silu".
         sample_weight: ``[samples]`` or None for ones; 0 leaves a sample out.
 
     Returns:
@@ -369,8 +349,10 @@ def ablated_mlp_cross_entropy(
     """
     layers = (logits, input, pre_activation, first_weight, second_weight, targets, pieces)
     if (
-        _lacks_cuda_kernel("ablated_mlp_cross_entropy", logits, _autocast_to_float32(logits))
-        or _is_transformed()
+        lacks_cuda_kernel(
+            "ablated_mlp_cross_entropy", logits, _autocast_to_float32(logits) and activation != "relu6"
+        )
+        or is_transformed()
     ):
         return reference.ablated_mlp_cross_entropy(*layers, activation, sample_weight)
     return _ops.ablated_mlp_cross_entropy(

@@ -11,6 +11,7 @@ from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
+import torch.nn.grad
 from torch import Tensor
 
 
@@ -43,6 +44,7 @@ def dense_weight(
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "relu": F.relu,
+    "relu6": F.relu6,
     "gelu": F.gelu,
     "gelu_tanh": functools.partial(F.gelu, approximate="tanh"),
     "silu": F.silu,
@@ -95,9 +97,16 @@ def block_sparse_linear_weight_gradient(
     blocksize: tuple[int, int],
 ) -> Tensor:
     """Return the kept blocks of ``grad_output.T @ input``, packed, through the dense product."""
-    rows, cols = blocksize
     dense = grad_output.reshape(-1, grad_output.shape[-1]).T @ input.reshape(-1, input.shape[-1])
-    block_rows, block_cols = crow_indices.numel() - 1, -(-input.shape[-1] // cols)
+    return _kept_blocks(dense, crow_indices, col_indices, blocksize)
+
+
+def _kept_blocks(
+    dense: Tensor, crow_indices: Tensor, col_indices: Tensor, blocksize: tuple[int, int]
+) -> Tensor:
+    """Return the kept blocks of a dense matrix, packed."""
+    rows, cols = blocksize
+    block_rows, block_cols = crow_indices.numel() - 1, -(-dense.shape[1] // cols)
     padding = (0, block_cols * cols - dense.shape[1], 0, block_rows * rows - dense.shape[0])
     blocks = F.pad(dense, padding).view(block_rows, rows, block_cols, cols)
     row_indices = torch.repeat_interleave(
@@ -106,6 +115,127 @@ def block_sparse_linear_weight_gradient(
         output_size=col_indices.numel(),
     )
     return blocks.permute(0, 2, 3, 1)[row_indices, col_indices.long()]
+
+
+def dense_conv2d_weight(
+    packed_values: Tensor,
+    crow_indices: Tensor,
+    col_indices: Tensor,
+    *,
+    out_channels: int,
+    in_channels: int,
+    kernel_size: tuple[int, int],
+    groups: int = 1,
+) -> Tensor:
+    """Return the dense ``[out_channels, in_channels / groups, *kernel_size]`` weight of a packed one.
+
+    Args:
+        packed_values: ``[kept, cols, rows]``, each block transposed.
+        crow_indices: ``[block_rows + 1]``.
+        col_indices: ``[kept]``, in block columns of all taps, row-major, channels innermost.
+        out_channels: output channels; padded rows are cut off.
+        in_channels: input channels of all groups; padded ones are cut off in each tap.
+        kernel_size: ``(height, width)``.
+        groups: those of the convolution.
+
+    """
+    cols = packed_values.shape[1]
+    channels = in_channels // groups
+    padded = -(-channels // cols) * cols
+    weight = dense_weight(
+        packed_values,
+        crow_indices,
+        col_indices,
+        out_features=out_channels,
+        in_features=kernel_size[0] * kernel_size[1] * padded,
+    )
+    return weight.view(out_channels, *kernel_size, padded)[..., :channels].permute(0, 3, 1, 2)
+
+
+def block_sparse_conv2d(
+    input: Tensor,
+    packed_values: Tensor,
+    crow_indices: Tensor,
+    col_indices: Tensor,
+    bias: Tensor | None = None,
+    *,
+    out_channels: int,
+    kernel_size: tuple[int, int],
+    stride: tuple[int, int] = (1, 1),
+    padding: tuple[int, int, int, int] = (0, 0, 0, 0),
+    dilation: tuple[int, int] = (1, 1),
+    groups: int = 1,
+    activation: str | None = None,
+) -> Tensor:
+    """Return ``activation(conv2d(input, weight, bias))`` through the dense weight."""
+    weight = dense_conv2d_weight(
+        packed_values,
+        crow_indices,
+        col_indices,
+        out_channels=out_channels,
+        in_channels=input.shape[1],
+        kernel_size=kernel_size,
+        groups=groups,
+    )
+    output = F.conv2d(_padded(input, padding), weight, bias, stride, 0, dilation, groups)
+    return output if activation is None else ACTIVATIONS[activation](output)
+
+
+def _padded(input: Tensor, padding: tuple[int, int, int, int]) -> Tensor:
+    top, bottom, left, right = padding
+    return F.pad(input, (left, right, top, bottom))
+
+
+def block_sparse_conv2d_input_gradient(
+    grad_output: Tensor,
+    packed_values: Tensor,
+    crow_indices: Tensor,
+    col_indices: Tensor,
+    *,
+    input_size: tuple[int, int, int, int],
+    kernel_size: tuple[int, int],
+    stride: tuple[int, int] = (1, 1),
+    padding: tuple[int, int, int, int] = (0, 0, 0, 0),
+    dilation: tuple[int, int] = (1, 1),
+    groups: int = 1,
+) -> Tensor:
+    """Return the gradient of the input of ``conv2d`` through the dense weight."""
+    images, channels, height, width = input_size
+    weight = dense_conv2d_weight(
+        packed_values,
+        crow_indices,
+        col_indices,
+        out_channels=grad_output.shape[1],
+        in_channels=channels,
+        kernel_size=kernel_size,
+        groups=groups,
+    )
+    top, bottom, left, right = padding
+    size = (images, channels, height + top + bottom, width + left + right)
+    padded = torch.nn.grad.conv2d_input(size, weight, grad_output, stride, 0, dilation, groups)
+    return padded[:, :, top : top + height, left : left + width]
+
+
+def block_sparse_conv2d_weight_gradient(
+    grad_output: Tensor,
+    input: Tensor,
+    crow_indices: Tensor,
+    col_indices: Tensor,
+    *,
+    blocksize: tuple[int, int],
+    kernel_size: tuple[int, int],
+    stride: tuple[int, int] = (1, 1),
+    padding: tuple[int, int, int, int] = (0, 0, 0, 0),
+    dilation: tuple[int, int] = (1, 1),
+    groups: int = 1,
+) -> Tensor:
+    """Return the kept blocks of the gradient of ``conv2d``'s weight, packed, through the dense one."""
+    channels = input.shape[1] // groups
+    size = (grad_output.shape[1], channels, *kernel_size)
+    padded = _padded(input, padding)
+    dense = torch.nn.grad.conv2d_weight(padded, size, grad_output, stride, 0, dilation, groups)
+    taps = F.pad(dense.permute(0, 2, 3, 1), (0, -channels % blocksize[1]))
+    return _kept_blocks(taps.flatten(1), crow_indices, col_indices, blocksize)
 
 
 def _masked_weights(weight: Tensor, pieces: Tensor) -> Tensor:

@@ -61,6 +61,8 @@ void activate_differences(Activation activation, const T* pre_activation, int64_
       return activate_differences<T, Activation::kNone>(pre_activation, rows, difference);
     case Activation::kRelu:
       return activate_differences<T, Activation::kRelu>(pre_activation, rows, difference);
+    case Activation::kRelu6:
+      return activate_differences<T, Activation::kRelu6>(pre_activation, rows, difference);
     case Activation::kGelu:
       return activate_differences<T, Activation::kGelu>(pre_activation, rows, difference);
     case Activation::kGeluTanh:

@@ -1,5 +1,5 @@
-// Activations of a vector. All have the form max(x, 0) - |x| q(|x|), with q from 1/2 at 0 to 0 at
-// infinity: nothing cancels where the result is small, and NaN stays NaN.
+// Activations of a vector. All but relu6 have the form max(x, 0) - |x| q(|x|), with q from 1/2 at 0
+// to 0 at infinity: nothing cancels where the result is small, and NaN stays NaN.
 #pragma once
 
 #include "../types.h"
@@ -59,6 +59,7 @@ inline Vec<T, Lanes> activate(Vec<T, Lanes> x, Activation activation) {
   if (activation == Activation::kNone) return x;
   const V positive = x < V{} ? V{} : x;
   if (activation == Activation::kRelu) return positive;
+  if (activation == Activation::kRelu6) return positive > T{6} ? broadcast<V>(T{6}) : positive;
   return positive - activation_tail<T, Lanes>(x, activation);
 }
 

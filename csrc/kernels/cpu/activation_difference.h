@@ -37,15 +37,22 @@ inline Vec<T, Lanes> activation_derivative(Vec<T, Lanes> x, Activation activatio
 template <class T>
 constexpr T kSmallStep = sizeof(T) == 4 ? T(1.0 / 16) : T(1.0 / 1024);
 
+// max(z, 0) - max(z - u, 0). minimum() gives its second argument where either is NaN.
+template <class V>
+inline V relu_difference(V z, V u) {
+  return z > V{} ? minimum(z, u) : minimum(V{}, u - z);
+}
+
 template <class T, int Lanes>
 inline Vec<T, Lanes> activation_difference(Vec<T, Lanes> z, Vec<T, Lanes> u,
                                            Activation activation) {
   using V = Vec<T, Lanes>;
   // z - z passes on NaN and inf, which logits made of z have too.
   if (activation == Activation::kNone) return u + (z - z);
-  // max(z, 0) - max(z - u, 0). minimum() gives its second argument where either is NaN.
-  const V rectified = z > V{} ? minimum(z, u) : minimum(V{}, u - z);
+  const V rectified = relu_difference(z, u);
   if (activation == Activation::kRelu) return rectified;
+  // min(max(z, 0), 6) is max(z, 0) - max(z - 6, 0).
+  if (activation == Activation::kRelu6) return rectified - relu_difference(z - T{6}, u);
   const auto small = (u < kSmallStep<T>)&(u > -kSmallStep<T>);
   V integral = {};
   if (!all_lanes(~small)) {

@@ -3,26 +3,12 @@
 #include "block_product.h"
 
 #include "few_samples.h"
+#include "list_grid.h"
 #include "sample_panels.h"
 
 namespace fastprune {
 namespace FASTPRUNE_CPU_NAMESPACE {
 namespace {
-
-// The first list that starts at or after position `cost` of one unit.
-template <class T>
-int64_t first_list_from(const BlockLists<T>& weight, int64_t cost) {
-  int64_t low = 0, high = weight.lists;
-  while (low < high) {
-    const int64_t middle = low + (high - low) / 2;
-    if (weight.offsets[middle] + middle < cost) {
-      low = middle + 1;
-    } else {
-      high = middle;
-    }
-  }
-  return low;
-}
 
 // Samples [begin, end) as a problem of their own.
 template <class T>
@@ -51,8 +37,7 @@ BlockProductWork plan_block_product(const BlockProductArgs<T>& args, int64_t thr
     if (work.groups > work.units) work.groups = work.units;
   }
   work.stream_output = work.transposed && can_stream(args.output);
-  work.cost_per_unit = args.weight.offsets[args.weight.lists] + args.weight.lists;
-  work.total = work.units * work.cost_per_unit;
+  work.total = work.units * cost_per_unit(args.weight);
   work.scratch_size =
       work.transposed ? kPanelVectors * kVector * (args.input.cols + kStoredOutputs<T>) : 0;
   return work;
@@ -61,33 +46,22 @@ BlockProductWork plan_block_product(const BlockProductArgs<T>& args, int64_t thr
 template <class T>
 void block_product(const BlockProductArgs<T>& args, const BlockProductWork& work, int64_t begin,
                    int64_t end, T* scratch) {
-  const auto& weight = args.weight;
   const int64_t unit = work.transposed ? kLanes<T> : 1;
-  for (int64_t group = 0; group < work.groups; ++group) {
-    const int64_t first_unit = group * work.units / work.groups;
-    const int64_t last_unit = (group + 1) * work.units / work.groups;
-    const int64_t width = last_unit - first_unit;
-    // The part of [begin, end) in this group, in positions of one unit.
-    const int64_t group_begin = begin - first_unit * work.cost_per_unit;
-    const int64_t group_end = end - first_unit * work.cost_per_unit;
-    if (group_end <= 0) break;
-    if (group_begin >= width * work.cost_per_unit) continue;
-    // Rounded up at both ends, so that ranges that meet neither overlap nor leave a gap.
-    const int64_t first =
-        group_begin > 0 ? first_list_from(weight, (group_begin + width - 1) / width) : 0;
-    const int64_t last = group_end < width * work.cost_per_unit
-                             ? first_list_from(weight, (group_end + width - 1) / width)
-                             : weight.lists;
-    if (first == last) continue;
-    const int64_t last_sample =
-        last_unit * unit < args.input.rows ? last_unit * unit : args.input.rows;
-    const BlockProductArgs<T> group_args = samples_of(args, first_unit * unit, last_sample);
+  const auto first_unit = [&](int64_t group) { return group * work.units / work.groups; };
+  const auto multiply = [&](int64_t group, int64_t first, int64_t last) {
+    const int64_t units = first_unit(group + 1) - first_unit(group);
+    const int64_t first_sample = first_unit(group) * unit;
+    const int64_t last_sample = first_unit(group + 1) * unit < args.input.rows
+                                    ? first_unit(group + 1) * unit
+                                    : args.input.rows;
+    const BlockProductArgs<T> group_args = samples_of(args, first_sample, last_sample);
     if (work.transposed) {
-      multiply_group(group_args, width, work.stream_output, first, last, scratch);
+      multiply_group(group_args, units, work.stream_output, first, last, scratch);
     } else {
       for (int64_t list = first; list < last; ++list) multiply_few_samples(group_args, list);
     }
-  }
+  };
+  for_each_group(args.weight, work.groups, first_unit, begin, end, multiply);
   if (work.stream_output) stream_fence();
 }
 

@@ -15,8 +15,7 @@ namespace fastprune {
 struct BlockProductWork {
   int64_t units;          // samples, or vectors of samples where `transposed`
   int64_t groups;         // group g has units [g * units / groups, (g + 1) * units / groups)
-  int64_t cost_per_unit;  // entries + lists
-  int64_t total;          // positions: units * cost_per_unit
+  int64_t total;          // positions: units * (entries + lists)
   int64_t scratch_size;   // elements that each thread needs
   bool transposed;
   bool stream_output;  // past the caches

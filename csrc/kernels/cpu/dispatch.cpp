@@ -14,12 +14,27 @@ namespace fastprune {
   template <class T>                                                                             \
   void block_product(const BlockProductArgs<T>&, const BlockProductWork&, int64_t, int64_t, T*); \
   template <class T>                                                                             \
+  BlockConvolutionWork plan_block_convolution(const BlockConvolutionArgs<T>&, int64_t);          \
+  template <class T>                                                                             \
+  void block_convolution(const BlockConvolutionArgs<T>&, const BlockConvolutionWork&, int64_t,   \
+                         int64_t, T*);                                                           \
+  template <class T>                                                                             \
   BlockSparseLinearWeightGradientWork plan_block_sparse_linear_weight_gradient(                  \
       const BlockSparseLinearWeightGradientArgs<T>&);                                            \
   template <class T>                                                                             \
   void block_sparse_linear_weight_gradient(const BlockSparseLinearWeightGradientArgs<T>&,        \
                                            const BlockSparseLinearWeightGradientWork&, int64_t,  \
                                            int64_t, T*);                                         \
+  template <class T>                                                                             \
+  BlockSparseConv2dWeightGradientWork plan_block_sparse_conv2d_weight_gradient(                  \
+      const BlockSparseConv2dWeightGradientArgs<T>&);                                            \
+  template <class T>                                                                             \
+  void copy_conv2d_planes(const BlockSparseConv2dWeightGradientArgs<T>&,                         \
+                          const BlockSparseConv2dWeightGradientWork&, int64_t, int64_t, T*);     \
+  template <class T>                                                                             \
+  void block_sparse_conv2d_weight_gradient(const BlockSparseConv2dWeightGradientArgs<T>&,        \
+                                           const BlockSparseConv2dWeightGradientWork&, const T*, \
+                                           int64_t, int64_t, T*);                                \
   template <class T>                                                                             \
   int64_t ablated_cross_entropy_scratch(const AblatedCrossEntropyArgs<T>&);                      \
   template <class T>                                                                             \
@@ -35,8 +50,13 @@ namespace fastprune {
   template <class T>                                                                             \
   constexpr CpuKernelsOf<T> kTable = {plan_block_product<T>,                                     \
                                       block_product<T>,                                          \
+                                      plan_block_convolution<T>,                                 \
+                                      block_convolution<T>,                                      \
                                       plan_block_sparse_linear_weight_gradient<T>,               \
                                       block_sparse_linear_weight_gradient<T>,                    \
+                                      plan_block_sparse_conv2d_weight_gradient<T>,               \
+                                      copy_conv2d_planes<T>,                                     \
+                                      block_sparse_conv2d_weight_gradient<T>,                    \
                                       ablated_cross_entropy_scratch<T>,                          \
                                       ablated_cross_entropy<T>,                                  \
                                       ablated_mlp_cross_entropy_scratch<T>,                      \

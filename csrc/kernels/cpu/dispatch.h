@@ -7,7 +7,9 @@
 #include "../ablate_linear.h"
 #include "../ablated_cross_entropy.h"
 #include "../ablated_mlp_cross_entropy.h"
+#include "../block_sparse_conv2d_weight_gradient.h"
 #include "../block_sparse_linear_weight_gradient.h"
+#include "block_convolution.h"
 #include "block_product.h"
 
 namespace fastprune {
@@ -21,11 +23,23 @@ struct CpuKernelsOf {
   BlockProductWork (*plan_block_product)(const BlockProductArgs<T>&, int64_t threads);
   void (*block_product)(const BlockProductArgs<T>&, const BlockProductWork&, int64_t begin,
                         int64_t end, T* scratch);
+  BlockConvolutionWork (*plan_block_convolution)(const BlockConvolutionArgs<T>&, int64_t threads);
+  void (*block_convolution)(const BlockConvolutionArgs<T>&, const BlockConvolutionWork&,
+                            int64_t begin, int64_t end, T* scratch);
   BlockSparseLinearWeightGradientWork (*plan_weight_gradient)(
       const BlockSparseLinearWeightGradientArgs<T>&);
   void (*weight_gradient)(const BlockSparseLinearWeightGradientArgs<T>&,
                           const BlockSparseLinearWeightGradientWork&, int64_t begin, int64_t end,
                           T* scratch);
+  BlockSparseConv2dWeightGradientWork (*plan_conv2d_weight_gradient)(
+      const BlockSparseConv2dWeightGradientArgs<T>&);
+  // Images [begin, end) of the copies that the kernel reads where it is not in place.
+  void (*copy_conv2d_planes)(const BlockSparseConv2dWeightGradientArgs<T>&,
+                             const BlockSparseConv2dWeightGradientWork&, int64_t begin, int64_t end,
+                             T* planes);
+  void (*conv2d_weight_gradient)(const BlockSparseConv2dWeightGradientArgs<T>&,
+                                 const BlockSparseConv2dWeightGradientWork&, const T* planes,
+                                 int64_t begin, int64_t end, T* scratch);
   int64_t (*ablated_cross_entropy_scratch)(const AblatedCrossEntropyArgs<T>&);
   void (*ablated_cross_entropy)(const AblatedCrossEntropyArgs<T>&, int64_t begin, int64_t end,
                                 T* scratch);

@@ -113,6 +113,51 @@ inline bool all_lanes(V mask) {
 #endif
 }
 
+// Which lanes of a vector of T are read. A load through it gives zeros in the others, where memory
+// need not exist.
+#if defined(__AVX512F__)
+template <class T>
+using LaneMask = uint16_t;
+#else
+template <class T>
+using LaneMask = Vec<IntOf<T>, kLanes<T>>;
+#endif
+
+// From -1 in the lanes that are read, 0 in the others.
+template <class T>
+inline LaneMask<T> lane_mask(Vec<IntOf<T>, kLanes<T>> lanes) {
+#if defined(__AVX512F__)
+  if constexpr (sizeof(T) == 4) return _mm512_movepi32_mask(bit_cast<__m512i>(lanes));
+  return _mm512_movepi64_mask(bit_cast<__m512i>(lanes));
+#else
+  return lanes;
+#endif
+}
+
+template <class T>
+inline Vec<T, kLanes<T>> load_lanes(LaneMask<T> mask, const T* source) {
+  using V = Vec<T, kLanes<T>>;
+#if defined(__AVX512F__)
+  if constexpr (sizeof(T) == 4) {
+    return bit_cast<V>(_mm512_maskz_loadu_ps(mask, source));
+  } else {
+    return bit_cast<V>(_mm512_maskz_loadu_pd(static_cast<__mmask8>(mask), source));
+  }
+#elif defined(__AVX2__)
+  if constexpr (sizeof(T) == 4) {
+    return bit_cast<V>(_mm256_maskload_ps(source, bit_cast<__m256i>(mask)));
+  } else {
+    return bit_cast<V>(_mm256_maskload_pd(source, bit_cast<__m256i>(mask)));
+  }
+#else
+  V result = {};
+  for (int lane = 0; lane < kLanes<T>; ++lane) {
+    if (mask[lane]) result[lane] = source[lane];
+  }
+  return result;
+#endif
+}
+
 // Bounds of the relative errors of the functions below, over their whole range, with and
 // without fused multiply-adds; tests/cpp/vec_accuracy.cpp measures them.
 constexpr double kExpRelativeError = 1.5e-7;

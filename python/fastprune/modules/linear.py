@@ -33,7 +33,7 @@ class BlockSparseLinear(nn.Module):
     Args:
         weight: the matrix; its ``packed_values`` become the parameter.
         bias: ``[out_features]`` or None.
-        activation: None, "relu", "gelu", "gelu_tanh" or "silu", computed by the same kernel.
+        activation: None, "relu", "relu6", "gelu", "gelu_tanh" or "silu", computed by the same kernel.
 
     Shape:
         input ``[*, in_features]``, output ``[*, out_features]``; float32 or float64, on CUDA also
@@ -77,7 +77,7 @@ class BlockSparseLinear(nn.Module):
             linear: the layer; masks on its weight count as zeros.
             blocksize: ``(rows, cols)``, each from 1 to 128; the last blocks are padded where needed.
             mask: bool ``[block_rows, block_cols]``, True = keep; None keeps blocks with a nonzero.
-            activation: None, "relu", "gelu", "gelu_tanh" or "silu", fused.
+            activation: None, "relu", "relu6", "gelu", "gelu_tanh" or "silu", fused.
 
         Raises:
             TypeError: ``linear`` is no ``nn.Linear``.

@@ -1,0 +1,53 @@
+// The gradient of block_sparse_conv2d in the kept blocks of its weight:
+//
+//   grad_values[k][c][r] = sum_n,i,j grad_output[n, row_k * rows + r, i, j] *
+//       input[n, channel_k + c, i * row_step + row_t, j * column_step + column_t]
+//
+// with tap t and the first channel of block k from col_indices[k] and the group of its block row
+//
+// input       [images, in_channels, height, width], any strides; zero outside
+// grad_output [images, out_channels, output_height, output_width], any strides
+// grad_values [kept][cols][rows], must not alias an argument; padded rows and columns are set to
+//             zero
+//
+// Sums accumulate in T, over lanes and then over chunks of images that depend on the sizes alone,
+// so the bits do not depend on the number of threads.
+#pragma once
+
+#include "block_sparse_conv2d.h"
+
+namespace fastprune {
+
+template <class T>
+struct BlockSparseConv2dWeightGradientArgs {
+  ImageView<const T> input;
+  ImageView<const T> grad_output;
+  const int32_t* crow_indices;  // as in BlockSparseView
+  const int32_t* col_indices;
+  int64_t block_rows;
+  int64_t rows;
+  int64_t cols;
+  int64_t channel_blocks;  // block columns of a tap
+  int64_t groups;
+  const ConvolutionTap* taps;
+  int64_t num_taps;
+  int64_t row_step;  // between the inputs of neighbouring outputs
+  int64_t column_step;
+  T* grad_values;
+};
+
+// How the work is cut: positions are kept blocks, all of equal cost. Outputs are numbered along a
+// grid of `pitch` columns and `rows` rows for each image, as in block_convolution.
+struct BlockSparseConv2dWeightGradientWork {
+  int64_t pitch;
+  int64_t rows;
+  int64_t vectors;         // that hold an image's outputs
+  int64_t chunk;           // images whose products are added before they join grad_values
+  int64_t total;           // kept blocks
+  int64_t scratch_size;    // elements that each thread needs, aligned to 64 bytes
+  int64_t input_channels;  // of a copy: those of each phase that a tap reads
+  bool in_place;           // both tensors are read where they lie; else from copies of
+                           // rows * pitch * (input_channels + out_channels) elements an image
+};
+
+}  // namespace fastprune

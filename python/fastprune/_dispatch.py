@@ -1,0 +1,41 @@
+"""What decides how the functions of ops compute a call: by a kernel, with or without autograd, or densely."""
+
+from __future__ import annotations
+
+import warnings
+
+import torch
+from torch import Tensor
+
+from . import _library
+
+_warned: set[str] = set()
+
+
+def is_transformed() -> bool:
+    """Tell whether a torch.func transform or forward-mode differentiation is under way: ops serve neither."""
+    return (
+        torch._C._functorch.peek_interpreter_stack() is not None
+        or torch.autograd.forward_ad._current_level >= 0
+    )
+
+
+def needs_grad(*tensors: Tensor | None) -> bool:
+    """Tell whether autograd follows a call with these tensors."""
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+
+
+def lacks_cuda_kernel(op: str, tensor: Tensor, supported: bool) -> bool:
+    """Tell whether a CUDA tensor must take the dense way, and say so once for each op and reason."""
+    if not tensor.is_cuda:
+        return False
+    reason = _library.cuda_kernels_unavailable_reason()
+    if reason is None and supported:
+        return False
+    message = f"fastprune: {op} runs on the dense weight on CUDA: " + (
+        f"CUDA kernels are {reason}" if reason is not None else f"it has no CUDA kernel for {tensor.dtype}"
+    )
+    if message not in _warned:
+        _warned.add(message)
+        warnings.warn(message, stacklevel=3)
+    return True
