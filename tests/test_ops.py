@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 import fastprune as fp
+from fastprune import _dispatch
 
 
 @pytest.fixture
@@ -110,6 +111,22 @@ def test_where_the_ablation_ops_have_kernels(monkeypatch, is_cuda, dtype, reason
     monkeypatch.setattr("fastprune._library._cuda_unavailable", reason)
     monkeypatch.setattr(torch.Tensor, "is_cuda", is_cuda)
     assert fp.ops.has_ablation_kernels(torch.zeros(1, dtype=dtype)) is served
+
+
+@pytest.mark.parametrize("op", ["block_sparse_linear", "ablate_linear"])
+@pytest.mark.parametrize(
+    ("reason", "cause"),
+    [("not built", "CUDA kernels are not built"), (None, "it has no CUDA kernel for torch.float64")],
+)
+def test_what_runs_without_a_cuda_kernel_says_so_once(monkeypatch, op, reason, cause):
+    monkeypatch.setattr("fastprune._library._cuda_unavailable", reason)
+    monkeypatch.setattr("fastprune._dispatch._warned", set())
+    monkeypatch.setattr(torch.Tensor, "is_cuda", True)
+    tensor = torch.zeros(1, dtype=torch.float64)
+    with pytest.warns(UserWarning, match="fastprune") as warned:
+        assert [_dispatch.lacks_cuda_kernel(op, tensor, False) for _ in range(2)] == [True, True]
+    messages = [str(warning.message) for warning in warned]
+    assert messages == [f"fastprune: {op} runs as plain torch operations on CUDA: {cause}"]
 
 
 TF32_SWITCHES = {

@@ -1,4 +1,4 @@
-"""What decides how the functions of ops compute a call: by a kernel, with or without autograd, or densely."""
+"""How the functions of ops compute a call: by a kernel, with or without autograd, or by plain torch."""
 
 from __future__ import annotations
 
@@ -26,13 +26,13 @@ def needs_grad(*tensors: Tensor | None) -> bool:
 
 
 def lacks_cuda_kernel(op: str, tensor: Tensor, supported: bool) -> bool:
-    """Tell whether a CUDA tensor must take the dense way, and say so once for each op and reason."""
+    """Tell whether a CUDA tensor must take the way of `reference`, and say so once for each op and reason."""
     if not tensor.is_cuda:
         return False
     reason = _library.cuda_kernels_unavailable_reason()
     if reason is None and supported:
         return False
-    message = f"fastprune: {op} runs on the dense weight on CUDA: " + (
+    message = f"fastprune: {op} runs as plain torch operations on CUDA: " + (
         f"CUDA kernels are {reason}" if reason is not None else f"it has no CUDA kernel for {tensor.dtype}"
     )
     if message not in _warned:

@@ -55,7 +55,7 @@ def piece_changes(
     if type(pieces) is Layer:
         return iter([{node: source if source.shape == output.shape else torch.zeros_like(output)}])
     if isinstance(pieces, (InputUnit, Head)):
-        return _columns(node, op, weight, pieces.shape(weight.shape).numel(), source, output)
+        return _columns(node, op, weight, _nonzero(pieces, weight), source, output)
     if not isinstance(pieces, Block):
         return None
     if isinstance(op, ConvOp):
@@ -64,18 +64,31 @@ def piece_changes(
     return _linear_blocks(node, weight, pieces, source, output)
 
 
+def _nonzero(pieces: Granularity, weight: Tensor) -> list[bool]:
+    """Which pieces are not all zero; of the whole layer at once, since on a GPU the host waits for it."""
+    counts = pieces.sum_pieces((weight != 0).int().contiguous())
+    return (counts != 0).flatten().tolist()
+
+
+def _nonzero_channels(value: Tensor, dim: int) -> list[bool]:
+    others = [other for other in range(value.dim()) if other != dim]
+    return (value.any(others) if others else value != 0).tolist()
+
+
 def _units(
     layers: Sequence[tuple[fx.Node, NodeOp]], pieces: Unit, count: int, values: Values
 ) -> Iterator[Masked | None]:
     dims = {start: 1 if isinstance(op, ConvOp) else values[start].dim() - 1 for start, op in layers}
-    start, dim = next(iter(dims.items()))
-    out = values[start].shape[dim]
+    # Of each layer at once: on a GPU the host waits.
+    active = [_nonzero_channels(values[start], dim) for start, dim in dims.items()]
+    nonzero = [any(channels) for channels in zip(*active, strict=True)]
+    out = len(nonzero)
     for begin in range(0, count * pieces.group_size, pieces.group_size):
-        size = min(pieces.group_size, out - begin)
-        channels = {start: values[start].narrow(dim, begin, size) for start, dim in dims.items()}
-        if any(bool(value.any()) for value in channels.values()):
+        end = min(begin + pieces.group_size, out)
+        if any(nonzero[begin:end]):
+            channels = {start: values[start].narrow(dim, begin, end - begin) for start, dim in dims.items()}
             yield {
-                start: ChannelChange(dims[start], begin, begin + size, torch.zeros_like(value))
+                start: ChannelChange(dims[start], begin, end, torch.zeros_like(value))
                 for start, value in channels.items()
             }
         else:
@@ -83,18 +96,18 @@ def _units(
 
 
 def _columns(
-    node: fx.Node, op: NodeOp, weight: Tensor, pieces: int, source: Tensor, output: Tensor
+    node: fx.Node, op: NodeOp, weight: Tensor, nonzero: list[bool], source: Tensor, output: Tensor
 ) -> Iterator[Masked | None]:
     """Input units and heads: some inputs of all outputs, or of those of one group."""
     if not isinstance(op, ConvOp):
-        yield from _linear_columns(node, weight, pieces, source, output)
+        yield from _linear_columns(node, weight, nonzero, source, output)
         return
     outputs, inputs = weight.shape[0] // op.groups, weight.shape[1]
-    for channel in range(pieces):
-        group, column = divmod(channel, inputs)
-        rows = slice(group * outputs, (group + 1) * outputs)
-        part = weight[rows, column : column + 1]
-        if bool(part.any()):
+    for channel in range(len(nonzero)):
+        if nonzero[channel]:
+            group, column = divmod(channel, inputs)
+            rows = slice(group * outputs, (group + 1) * outputs)
+            part = weight[rows, column : column + 1]
             product = op.convolve(source[:, channel : channel + 1], part, None, 1)
             yield {node: ChannelChange(1, rows.start, rows.stop, output[:, rows] - product)}
         else:
@@ -102,14 +115,14 @@ def _columns(
 
 
 def _linear_columns(
-    node: fx.Node, weight: Tensor, pieces: int, source: Tensor, output: Tensor
+    node: fx.Node, weight: Tensor, nonzero: list[bool], source: Tensor, output: Tensor
 ) -> Iterator[Masked | None]:
     """Several masks at a time: the kernel reads the output once for each, and writes it once."""
-    size, features = weight.shape[1] // pieces, len(weight)
+    pieces, features = len(nonzero), len(weight)
+    size = weight.shape[1] // pieces
     bounds = [(0, features, index * size, (index + 1) * size) for index in range(pieces)]
     at_once = max(1, _MASKED_BYTES // max(1, output.numel() * output.element_size()))
     inputs, outputs = source.flatten(0, -2), output.flatten(0, -2)
-    nonzero = (weight != 0).any(0).view(pieces, size).any(1).tolist()  # at once: on a GPU the host waits
     for begin in range(0, pieces, at_once):
         chunk = bounds[begin : begin + at_once]
         masked: Iterable[Tensor]
@@ -139,9 +152,10 @@ def _linear_blocks(
     node: fx.Node, weight: Tensor, block: Block, source: Tensor, output: Tensor
 ) -> Iterator[Masked | None]:
     dim = output.dim() - 1
-    for row, row_end, col, col_end in rectangles(block, weight.shape):
-        part = weight[row:row_end, col:col_end]
-        if bool(part.any()):
+    bounds = rectangles(block, weight.shape)
+    for (row, row_end, col, col_end), nonzero in zip(bounds, _nonzero(block, weight), strict=True):
+        if nonzero:
+            part = weight[row:row_end, col:col_end]
             masked = add_product(output[..., row:row_end], source[..., col:col_end], part, scale=-1)
             yield {node: ChannelChange(dim, row, row_end, masked)}
         else:
@@ -156,6 +170,7 @@ def _conv_blocks(
     output, taps = values[node], weight_as_taps(weight)
     padded = F.pad(values[op.input], _padding(op, (height, width)))
     strides, dilations = _pair(op.stride), _pair(op.dilation)
+    nonzero = iter(_nonzero(block, weight))
     for row in range(0, out, block.rows):
         rows = slice(row, min(row + block.rows, out))
         for tap in range(height * width):
@@ -165,9 +180,8 @@ def _conv_blocks(
             seen = padded[:, :, top : bottom : strides[0], left : right : strides[1]]
             for col in range(0, inputs, block.cols):
                 columns = slice(col, min(col + block.cols, inputs))
-                part = taps[rows, tap, columns]
-                if bool(part.any()):
-                    product = F.conv2d(seen[:, columns], part[..., None, None])
+                if next(nonzero):
+                    product = F.conv2d(seen[:, columns], taps[rows, tap, columns, None, None])
                     yield {node: ChannelChange(1, rows.start, rows.stop, output[:, rows] - product)}
                 else:
                     yield None
@@ -182,13 +196,14 @@ def _grouped_blocks(
     source, bias = values[op.input], op.tensors(values)[1]
     shape = block.shape(weight.shape)
     depthwise = op.groups == source.shape[1] == len(weight)
-    for index in range(shape.numel()):
+    for index, nonzero in enumerate(_nonzero(block, weight)):
+        if not nonzero:
+            yield None
+            continue
         piece = torch.zeros(shape.numel(), dtype=torch.bool, device=weight.device)
         piece[index] = True
         masked = weight.masked_fill(block.expand(piece.view(shape), weight.shape), 0.0)
-        if torch.equal(masked, weight):
-            yield None
-        elif depthwise:
+        if depthwise:
             begin = index // shape[1] * block.rows
             rows = slice(begin, min(begin + block.rows, len(weight)))
             part = None if bias is None else bias[rows]
