@@ -52,8 +52,8 @@ def block_sparse_linear(
         col_indices: ``[kept]``, int32, increasing within a block row.
         bias: ``[out_features]`` or None.
         out_features: rows of the weight; the last block row may reach past them.
-        activation: None, "relu", "relu6", "gelu", "gelu_tanh" or "silu", fused into the store where no gradient is
-            needed (relu and, on the CPU, relu6: always). ``csrc/kernels/cpu/activation.h`` has the formulas.
+        activation: None, "relu", "relu6", "gelu", "gelu_tanh" or "silu", fused into the store where no
+            gradient is needed (relu and, on the CPU, relu6: always). ``csrc/kernels/cpu/activation.h`` has the formulas.
 
     Returns:
         ``[*, out_features]``, contiguous, the dtype of ``input``.
