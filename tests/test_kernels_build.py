@@ -83,11 +83,12 @@ def test_kernels_run_clean_under_the_sanitizers(tmp_path: Path) -> None:
         pytest.skip(f"the compiler has no sanitizers: {linked.stderr.decode()[:200]}")
     isas = ["baseline", "avx2", "avx512"] if IS_X86 else ["baseline"]
     objects = compile_kernels(tmp_path, isas, SANITIZERS)
-    program = tmp_path / "kernels_sanitized"
-    source = ROOT / "tests" / "cpp" / "kernels_sanitized.cpp"
-    command = [str(COMPILER), "-std=gnu++17", *SANITIZERS, f"-I{KERNELS}", str(source)]
-    subprocess.run([*command, *map(str, objects), "-o", str(program)], check=True)
-    for isa in fp.supported_cpu_isas():
-        result = subprocess.run([str(program), isa], capture_output=True, text=True)
-        assert result.returncode == 0, result.stdout + result.stderr
-        assert f"{isa}: 0 failures" in result.stdout
+    for stem in ("kernels_sanitized", "convolutions_sanitized"):
+        program = tmp_path / stem
+        source = ROOT / "tests" / "cpp" / f"{stem}.cpp"
+        command = [str(COMPILER), "-std=gnu++17", *SANITIZERS, f"-I{KERNELS}", str(source)]
+        subprocess.run([*command, *map(str, objects), "-o", str(program)], check=True)
+        for isa in fp.supported_cpu_isas():
+            result = subprocess.run([str(program), isa], capture_output=True, text=True)
+            assert result.returncode == 0, result.stdout + result.stderr
+            assert f"{isa}: 0 failures" in result.stdout

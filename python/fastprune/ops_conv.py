@@ -201,7 +201,8 @@ def block_sparse_conv2d_weight_gradient(
         ``[kept, cols, rows]``, the dtype of ``grad_output``; zero in the padding.
 
     Raises:
-        ValueError: as :func:`block_sparse_conv2d`, or ``grad_output`` has not the size that ``input`` gives.
+        ValueError: as :func:`block_sparse_conv2d`, or ``grad_output`` is not of the size that
+            ``input`` gives.
 
     """
     geometry = (kernel_size, stride, padding, dilation, groups)

@@ -13,10 +13,10 @@ namespace fastprune {
 // A list costs its entries plus one, times the group's width, so that equal ranges of positions are
 // equal work whatever the pattern.
 struct BlockProductWork {
-  int64_t units;          // samples, or vectors of samples where `transposed`
-  int64_t groups;         // group g has units [g * units / groups, (g + 1) * units / groups)
-  int64_t total;          // positions: units * (entries + lists)
-  int64_t scratch_size;   // elements that each thread needs
+  int64_t units;         // samples, or vectors of samples where `transposed`
+  int64_t groups;        // group g has units [g * units / groups, (g + 1) * units / groups)
+  int64_t total;         // positions: units * (entries + lists)
+  int64_t scratch_size;  // elements that each thread needs
   bool transposed;
   bool stream_output;  // past the caches
 };
