@@ -52,7 +52,7 @@ EQUIVALENT = {
     ("no guard", "if (lane == 0) warp_counts[warp] = __popc(kept_lanes);"): "all lanes have the same count",
     (
         "bound + 1",
-        "for (int64_t first = 0; first < args.block_rows; first += kTransposeThreads) {",
+        "for (int64_t first = 0; first < args.block_rows; first += kStructureThreads) {",
     ): "one part more without a block row",
 }
 

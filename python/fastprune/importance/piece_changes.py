@@ -65,9 +65,12 @@ def piece_changes(
 
 
 def _nonzero(pieces: Granularity, weight: Tensor) -> list[bool]:
-    """Which pieces are not all zero; of the whole layer at once, since on a GPU the host waits for it."""
-    counts = pieces.sum_pieces((weight != 0).int().contiguous())
-    return (counts != 0).flatten().tolist()
+    """Which pieces are not all zero; of the whole layer at once, since on a GPU the host waits for it.
+
+    Sizes are summed and not counts, which torch would copy as int64: twice the weight's memory.
+    """
+    sizes = pieces.sum_pieces(weight.abs().contiguous())
+    return (sizes != 0).flatten().tolist()
 
 
 def _nonzero_channels(value: Tensor, dim: int) -> list[bool]:
