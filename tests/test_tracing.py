@@ -11,7 +11,7 @@ from torch import nn
 
 import fastprune as fp
 from fastprune.batches import Batch
-from fastprune.exported import ExportedModel
+from fastprune.exported import MOST_EXPORTS, ExportedModel
 from fastprune.graph import TracedModel
 from fastprune.tracing import Traces
 from helpers import assert_exact, brute_force, classification_batches, mlp
@@ -39,22 +39,49 @@ def test_a_trace_is_kept_until_the_modules_change():
     assert TracedModel.trace(model).graph is not again
 
 
-def test_a_kept_trace_does_not_keep_the_model():
+def test_an_export_is_kept_for_its_shapes_until_the_modules_change():
+    model, batch = mlp().eval(), _batch(torch.randn(4, 7))
+    graph = ExportedModel.export(model, batch).graph
+    assert ExportedModel.export(model, _batch(torch.randn(4, 7))).graph is graph
+    assert ExportedModel.export(model, _batch(torch.randn(3, 7))).graph is not graph
+    model[1] = nn.Tanh()
+    changed = ExportedModel.export(model, batch)
+    assert changed.graph is not graph
+    torch.testing.assert_close(changed.run(batch)[changed.output_node], model(*batch.args))
+
+
+def test_only_the_latest_exports_are_kept():
     model = mlp().eval()
-    TracedModel.trace(model)
+    batches = [_batch(torch.randn(size, 7)) for size in range(2, 3 + MOST_EXPORTS)]
+    for batch in batches:
+        ExportedModel.export(model, batch)
+    assert [ExportedModel.is_kept(model, batch) for batch in batches] == [False] + [True] * MOST_EXPORTS
+
+
+@pytest.mark.parametrize(
+    "trace",
+    [TracedModel.trace, lambda model: ExportedModel.export(model, _batch(torch.randn(4, 7)))],
+    ids=["torch.fx", "torch.export"],
+)
+def test_a_kept_trace_does_not_keep_the_model(trace):
+    model = mlp().eval()
+    assert trace(model) is not None
     gone = weakref.ref(model)
     del model
     gc.collect()
     assert gone() is None
 
 
-def test_a_number_that_changed_since_the_trace_is_noticed():
+@pytest.mark.parametrize("traced_by", ["torch.fx", "torch.export"])
+def test_a_number_that_changed_since_the_trace_is_noticed(traced_by):
     class Scaled(nn.Module):
         def __init__(self):
             super().__init__()
             self.layer, self.head, self.scale = nn.Linear(7, 9), nn.Linear(9, 5), 1.0
 
         def forward(self, x):
+            if traced_by == "torch.export" and x.shape[1] > 32:  # which torch.fx cannot follow
+                raise ValueError("too many features")
             return self.head(torch.relu(self.layer(x)) * self.scale)
 
     model, loader = Scaled(), classification_batches()

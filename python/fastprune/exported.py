@@ -10,15 +10,16 @@ import contextlib
 import logging
 import operator
 import warnings
+import weakref
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
 from .batches import Batch
-from .graph import TracedModel
+from .graph import TracedModel, fingerprint
 
 _aten = torch.ops.aten
 _LAYER_TARGETS = {
@@ -27,6 +28,26 @@ _LAYER_TARGETS = {
     _aten.conv2d.padding,
     _aten.batch_norm.default,
 }
+
+
+# Each shape of inputs takes a second and more to export.
+MOST_EXPORTS = 8
+
+
+class _Export(NamedTuple):
+    """What is kept of an exported program: nothing that refers to the model."""
+
+    graph: fx.Graph
+    out_spec: pytree.TreeSpec
+    user_inputs: list[str]
+    lifted: dict[str, str]  # placeholder to the name of a parameter or buffer
+    tensors: dict[str, Any]  # placeholder to a tensor of the graph's own
+
+
+# Model to the fingerprint it was exported with, and the exports by what `shapes_of` gives, the latest last.
+_EXPORTS: weakref.WeakKeyDictionary[nn.Module, tuple[tuple, dict[tuple, _Export | None]]] = (
+    weakref.WeakKeyDictionary()
+)
 
 
 class ExportedModel(TracedModel):
@@ -38,31 +59,43 @@ class ExportedModel(TracedModel):
 
     """
 
-    def __init__(self, program: torch.export.ExportedProgram, model: nn.Module) -> None:
-        signature = program.graph_signature
-        super().__init__(program.graph, model)
-        self._out_spec = program.call_spec.out_spec
-        self._user_inputs = list(signature.user_inputs)
-        self._lifted: dict[str, str] = {**signature.inputs_to_parameters, **signature.inputs_to_buffers}
-        self._tensors = {
-            name: program.constants[target]
-            for name, target in signature.inputs_to_lifted_tensor_constants.items()
-        }
+    def __init__(self, export: _Export, model: nn.Module) -> None:
+        super().__init__(export.graph, model)
+        self._out_spec = export.out_spec
+        self._user_inputs = export.user_inputs
+        self._lifted = export.lifted
+        self._tensors = export.tensors
 
     @classmethod
     def export(cls, model: nn.Module, batch: Batch) -> ExportedModel | None:
-        """Return the exported model, or None where torch.export fails."""
-        try:
-            with warnings.catch_warnings(), _quiet():
-                warnings.simplefilter("ignore")
-                program = torch.export.export(model, batch.args, batch.kwargs, strict=False)
-                program = program.run_decompositions({})
-        except Exception:  # a model's own code runs here, and may fail on a fake tensor in any way
-            return None
-        if any(node.op == "get_attr" for node in program.graph.nodes):
-            return None  # control flow with branches of its own
-        _join_batch_norms(program.graph)
-        return cls(program, model)
+        """Return the exported model, or None where torch.export fails.
+
+        What was exported is kept as long as the model lives and has the same modules. As with
+        ``TracedModel.trace``, compare what it gives with what the model gives and call ``forget`` if they
+        differ.
+        """
+        modules, shapes = fingerprint(model), shapes_of(batch)
+        kept = _EXPORTS.get(model)
+        if kept is None or kept[0] != modules:
+            kept = _EXPORTS[model] = (modules, {})
+        exports = kept[1]
+        if shapes not in exports:
+            while len(exports) >= MOST_EXPORTS:
+                del exports[next(iter(exports))]
+            exports[shapes] = _export(model, batch)
+        export = exports[shapes]
+        return None if export is None else cls(export, model)
+
+    @staticmethod
+    def is_kept(model: nn.Module, batch: Batch) -> bool:
+        """Tell whether ``export`` would give what an earlier call has exported."""
+        kept = _EXPORTS.get(model)
+        return kept is not None and kept[0] == fingerprint(model) and shapes_of(batch) in kept[1]
+
+    @staticmethod
+    def forget(model: nn.Module) -> None:
+        """Let the next ``export`` of a model export it anew."""
+        _EXPORTS.pop(model, None)
 
     @contextlib.contextmanager
     def functional(self) -> Iterator[None]:
@@ -113,6 +146,28 @@ class ExportedModel(TracedModel):
                 if not all(path.split(".parametrizations")[0] in names for path in paths):
                     return None
         return calls[0]
+
+
+def _export(model: nn.Module, batch: Batch) -> _Export | None:
+    try:
+        with warnings.catch_warnings(), _quiet():
+            warnings.simplefilter("ignore")
+            program = torch.export.export(model, batch.args, batch.kwargs, strict=False)
+            program = program.run_decompositions({})
+    except Exception:  # a model's own code runs here, and may fail on a fake tensor in any way
+        return None
+    if any(node.op == "get_attr" for node in program.graph.nodes):
+        return None  # control flow with branches of its own
+    _join_batch_norms(program.graph)
+    signature = program.graph_signature
+    constants = signature.inputs_to_lifted_tensor_constants
+    return _Export(
+        program.graph,
+        program.call_spec.out_spec,
+        list(signature.user_inputs),
+        {**signature.inputs_to_parameters, **signature.inputs_to_buffers},
+        {name: program.constants[target] for name, target in constants.items()},
+    )
 
 
 def _join_batch_norms(graph: fx.Graph) -> None:

@@ -78,10 +78,10 @@ class TracedModel:
         reads from an attribute, may have changed since, so compare what it gives with what the model gives
         and call ``forget`` if they differ.
         """
-        fingerprint = _fingerprint(model)
+        modules = fingerprint(model)
         kept = _TRACES.get(model)
-        if kept is None or kept[0] != fingerprint:
-            kept = (fingerprint, *_trace(model))
+        if kept is None or kept[0] != modules:
+            kept = (modules, *_trace(model))
             _TRACES[model] = kept
         _, graph, constants = kept
         return None if graph is None else cls(graph, model, constants)
@@ -227,8 +227,8 @@ _Kept = tuple[tuple, fx.Graph | None, dict[str, Any]]
 _TRACES: weakref.WeakKeyDictionary[nn.Module, _Kept] = weakref.WeakKeyDictionary()
 
 
-def _fingerprint(model: nn.Module) -> tuple:
-    """Return what a trace depends on: the modules, their classes, and the hooks on them."""
+def fingerprint(model: nn.Module) -> tuple:
+    """Return what a trace of a model depends on: the modules, their classes, and the hooks on them."""
     return tuple(
         (name, id(module), type(module), *module._forward_hooks, *module._forward_pre_hooks)
         for name, module in model.named_modules(remove_duplicate=False)

@@ -13,12 +13,9 @@ from torch import nn
 from torch.utils._pytree import tree_map
 
 from .batches import Batch
-from .exported import ExportedModel, shapes_of
+from .exported import MOST_EXPORTS, ExportedModel, shapes_of
 from .graph import TracedModel
 from .layers import is_plain
-
-# Each shape takes a second and more to export; a loader with more of them is served by masked forwards.
-_MOST_EXPORTS = 8
 
 
 class Traces:
@@ -90,13 +87,18 @@ class Traces:
     def _exported_for(self, batch: Batch) -> ExportedModel | None:
         shapes = shapes_of(batch)
         if shapes not in self._exported:
-            exported = None
-            if len(self._exported) < _MOST_EXPORTS:
-                exported = ExportedModel.export(self.model, batch)
-                if exported is not None and self._difference(exported, batch) is not None:
-                    exported = None
-            self._exported[shapes] = exported
+            # A loader with more shapes is served by masked forwards.
+            few = len(self._exported) < MOST_EXPORTS
+            self._exported[shapes] = self._verified_export(batch) if few else None
         return self._exported[shapes]
+
+    def _verified_export(self, batch: Batch) -> ExportedModel | None:
+        stale = ExportedModel.is_kept(self.model, batch)  # perhaps
+        exported = ExportedModel.export(self.model, batch)
+        if exported is None or self._difference(exported, batch) is None:
+            return exported
+        ExportedModel.forget(self.model)
+        return self._verified_export(batch) if stale else None
 
     def _difference(self, traced: TracedModel, batch: Batch) -> str | None:
         """What tells a trace from its model on a batch, or None."""
