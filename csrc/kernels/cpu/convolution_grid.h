@@ -63,6 +63,17 @@ inline int64_t tap_shift(const TapGrid& grid, const ConvolutionTap& tap) {
          floor_divide(tap.column, grid.column_step);
 }
 
+// Whether a tap reads the input for any output.
+inline bool tap_reads(const TapGrid& grid, const ConvolutionTap& tap) {
+  const auto reads = [](int64_t first, int64_t step, int64_t outputs, int64_t inputs) {
+    // The first output that reads past the input's beginning.
+    const int64_t output = first < 0 ? ceil_divide(-first, step) : 0;
+    return output < outputs && first + output * step < inputs;
+  };
+  return reads(tap.row, grid.row_step, grid.output_height, grid.input_height) &&
+         reads(tap.column, grid.column_step, grid.output_width, grid.input_width);
+}
+
 // Where a vector of positions reads the input.
 template <class T>
 struct LanePositions {
@@ -116,19 +127,22 @@ void for_each_run(const TapGrid& grid, int64_t height, int64_t width, bool rows_
   const int64_t last = grid.images * image_positions;
   const int64_t end = first + count < last ? first + count : last;
   int64_t position = first < 0 ? 0 : first;
+  if (position >= end) return;
+  int64_t image = position / image_positions, row = position / grid.pitch % grid.rows;
+  int64_t column = position % grid.pitch;
   while (position < end) {
-    const int64_t image = position / image_positions, row = position / grid.pitch % grid.rows;
-    const int64_t column = position % grid.pitch;
-    if (row >= height) {
-      position = (image + 1) * image_positions;
-    } else if (column >= width) {
-      position += grid.pitch - column;
-    } else {
+    if (row < height && column < width) {
       int64_t length = rows_meet ? (height - row) * grid.pitch - column : width - column;
       if (length > end - position) length = end - position;
       run(image, row, column, position - first, length);
-      position += length;
     }
+    position += grid.pitch - column;
+    column = 0;
+    ++row;
+    if (row < height && !rows_meet) continue;
+    position += (grid.rows - row) * grid.pitch;
+    row = 0;
+    ++image;
   }
 }
 

@@ -134,6 +134,19 @@ inline LaneMask<T> lane_mask(Vec<IntOf<T>, kLanes<T>> lanes) {
 #endif
 }
 
+// The mask of the first `count` lanes: none below 1, all from the number of lanes on.
+template <class T>
+inline LaneMask<T> first_lanes(int64_t count) {
+#if defined(__AVX512F__)
+  return static_cast<uint16_t>(count >= 16 ? 0xffff : count > 0 ? (1 << count) - 1 : 0);
+#else
+  Vec<IntOf<T>, kLanes<T>> lanes;
+  for (int lane = 0; lane < kLanes<T>; ++lane) lanes[lane] = lane;
+  const int64_t within = count < 0 ? 0 : count > kLanes<T> ? kLanes<T> : count;
+  return lanes < static_cast<IntOf<T>>(within);
+#endif
+}
+
 template <class T>
 inline Vec<T, kLanes<T>> load_lanes(LaneMask<T> mask, const T* source) {
   using V = Vec<T, kLanes<T>>;
