@@ -22,9 +22,17 @@ constexpr int64_t kTileWidth = kTileVectors * kLanes<T>;
 
 template <class T>
 TapGrid grid_of(const BlockConvolutionArgs<T>& args, int64_t pitch, int64_t rows) {
-  return {args.taps,         args.num_taps,     args.row_step,      args.column_step,
-          args.input.height, args.input.width,  args.output.height, args.output.width,
-          args.input.images, pitch,             rows};
+  return {args.taps,
+          args.num_taps,
+          args.row_step,
+          args.column_step,
+          args.input.height,
+          args.input.width,
+          args.output.height,
+          args.output.width,
+          args.input.images,
+          pitch,
+          rows};
 }
 
 // The position of a vector's first lane.
@@ -144,20 +152,19 @@ void make_tiles(const BlockConvolutionArgs<T>& args, const BlockConvolutionWork&
       tables.tiles[t].distance[vector - first] = position - panel - tables.tiles[t].first;
       const int64_t left = work.run_positions - vector % work.run_vectors * kLanes<T>;
       const int64_t count = left < kLanes<T> ? left : kLanes<T>;
-      for_each_run(
-          grid, output.height, output.width, rows_meet, position, count,
-          [&](int64_t image, int64_t row, int64_t column, int64_t within, int64_t length) {
-            T* target = output.data + image * output.image_stride + row * output.row_stride +
-                        column * output.column_stride;
-            Store<T>* before = tables.stores + stores - 1;
-            if (stores > tables.first_stores[t] &&
-                before->lane + before->length == lane + within &&
-                before->target + before->length * output.column_stride == target) {
-              before->length += length;
-            } else {
-              tables.stores[stores++] = {target, lane + within, length};
-            }
-          });
+      for_each_run(grid, output.height, output.width, rows_meet, position, count,
+                   [&](int64_t image, int64_t row, int64_t column, int64_t within, int64_t length) {
+                     T* target = output.data + image * output.image_stride +
+                                 row * output.row_stride + column * output.column_stride;
+                     Store<T>* before = tables.stores + stores - 1;
+                     if (stores > tables.first_stores[t] &&
+                         before->lane + before->length == lane + within &&
+                         before->target + before->length * output.column_stride == target) {
+                       before->length += length;
+                     } else {
+                       tables.stores[stores++] = {target, lane + within, length};
+                     }
+                   });
     }
   }
 }
@@ -217,7 +224,7 @@ void store_outputs(const ImageView<T>& output, const Store<T>* begin, const Stor
 
 template <class T>
 using ConvolveList = void (*)(const TileList<T>&, int64_t, int64_t, const T*, int64_t,
-                              const TileVectors&, const T*, T*, int64_t);
+                              const TileVectors&, T*, int64_t);
 
 template <class T, bool kUnitStride, bool kFirst>
 ConvolveList<T> list_function(int64_t vectors) {
@@ -255,17 +262,16 @@ void convolve_tiles(const BlockConvolutionArgs<T>& args, const BlockConvolutionW
       const int64_t channel = first_channel + output;
       const Store<T>* first_store = tables.stores + tables.first_stores[t];
       const Store<T>* last_store = tables.stores + tables.first_stores[t + 1];
-      const T* bias = args.bias ? args.bias + channel : nullptr;
       int64_t entry = 0;
       do {
         const int64_t count = most < entries - entry ? most : entries - entry;
-        const auto convolve =
-            list_function<T>(weight.output_stride == 1, entry == 0, vectors);
+        const auto convolve = list_function<T>(weight.output_stride == 1, entry == 0, vectors);
         convolve({tables.entries + entry, count, weight.output_stride, weight.step_stride}, output,
-                 end, panel, work.plane, tables.tiles[t], bias, result, kTileWidth<T>);
+                 end, panel, work.plane, tables.tiles[t], result, kTileWidth<T>);
         entry += count;
       } while (entry < entries);
-      activate_rows(args.activation, end - output, vectors * kLanes<T>, result, kTileWidth<T>);
+      finish_rows(args.bias ? args.bias + channel : nullptr, args.activation, end - output,
+                  vectors * kLanes<T>, result, kTileWidth<T>);
       store_outputs(args.output, first_store, last_store, channel, end - output, result);
     }
   }
@@ -337,8 +343,8 @@ void block_convolution(const BlockConvolutionArgs<T>& args, const BlockConvoluti
     const int64_t vectors = first_vector(work, group + 1) - first_vector(work, group);
     for (int64_t list = first_list; list < last_list; ++list) {
       const int64_t entries = make_entries(args, work, grid, list, tables.entries);
-      convolve_tiles(args, work, tables, ceil_divide(vectors, kTileVectors), list, entries,
-                     panel, result);
+      convolve_tiles(args, work, tables, ceil_divide(vectors, kTileVectors), list, entries, panel,
+                     result);
     }
   };
   for_each_group(

@@ -11,9 +11,10 @@
 // a block of input channels, a source is a block row, the input is the gradient of the output, and
 // the taps read in the opposite direction.
 //
-// Sums begin with the bias, accumulate in T, in the order of the entries, one fused multiply-add
-// for each step (baseline: a product and an addition): the bits depend neither on the number of
-// threads nor on the other images nor on the memory format.
+// Sums accumulate in T, in the order of the entries, one fused multiply-add for each step
+// (baseline: a product and an addition), then the bias is added: the bits depend neither on the
+// number of threads nor on the other images nor on the memory format, and are those of
+// block_product.
 #pragma once
 
 #include "../block_sparse_conv2d.h"

@@ -47,25 +47,24 @@ struct TileList {
 };
 
 // Adds entries of a list to outputs [output, output + Outputs), in rows of `result` that hold what
-// the entries before these gave: with kFirst there are none, and sums begin with the bias.
+// the entries before these gave; with kFirst there are none.
 // Not inlined: among its callers' variables GCC keeps accumulators in memory.
 // kUnitStride: output_stride == 1, known to the compiler.
 template <class T, bool kUnitStride, bool kFirst, int Outputs, int Vectors>
 __attribute__((noinline)) void convolution_tile(const TileList<T>& list, int64_t output,
                                                 const T* panel, int64_t plane,
-                                                const TileVectors& vectors, const T* bias,
-                                                T* result, int64_t result_stride) {
+                                                const TileVectors& vectors, T* result,
+                                                int64_t result_stride) {
   using V = Vec<T, kLanes<T>>;
   const int64_t output_stride = kUnitStride ? 1 : list.output_stride;
   const int64_t step_stride = list.step_stride;
   V acc[Outputs][Vectors] = {};
-  if (!kFirst || bias) {
+  if constexpr (!kFirst) {
 #pragma GCC unroll 8
     for (int a = 0; a < Outputs; ++a) {
 #pragma GCC unroll 3
       for (int v = 0; v < Vectors; ++v) {
-        acc[a][v] = kFirst ? broadcast<V>(bias[a])
-                           : load<V>(result + a * result_stride + v * kLanes<T>);
+        acc[a][v] = load<V>(result + a * result_stride + v * kLanes<T>);
       }
     }
   }
@@ -105,30 +104,29 @@ __attribute__((noinline)) void convolution_tile(const TileList<T>& list, int64_t
 // The same for outputs [output, end), in ever lower tiles: any number of outputs is covered.
 template <class T, bool kUnitStride, bool kFirst, int Vectors, int Outputs = kTileOutputs<Vectors>>
 void convolve_list(const TileList<T>& list, int64_t output, int64_t end, const T* panel,
-                   int64_t plane, const TileVectors& vectors, const T* bias, T* result,
-                   int64_t result_stride) {
+                   int64_t plane, const TileVectors& vectors, T* result, int64_t result_stride) {
   for (; output + Outputs <= end; output += Outputs, result += Outputs * result_stride) {
-    convolution_tile<T, kUnitStride, kFirst, Outputs, Vectors>(list, output, panel, plane, vectors, bias,
-                                                       result, result_stride);
-    if (bias) bias += Outputs;
+    convolution_tile<T, kUnitStride, kFirst, Outputs, Vectors>(list, output, panel, plane, vectors,
+                                                               result, result_stride);
   }
   if constexpr (Outputs > 1) {
     if (output < end) {
-      convolve_list<T, kUnitStride, kFirst, Vectors, Outputs / 2>(
-          list, output, end, panel, plane, vectors, bias, result, result_stride);
+      convolve_list<T, kUnitStride, kFirst, Vectors, Outputs / 2>(list, output, end, panel, plane,
+                                                                  vectors, result, result_stride);
     }
   }
 }
 
-// Applies the activation to `outputs` rows of `count` elements.
+// Adds the bias to `outputs` rows of `count` elements, and applies the activation.
 template <class T>
-void activate_rows(Activation activation, int64_t outputs, int64_t count, T* rows,
-                   int64_t row_stride) {
+void finish_rows(const T* bias, Activation activation, int64_t outputs, int64_t count, T* rows,
+                 int64_t row_stride) {
   using V = Vec<T, kLanes<T>>;
-  if (activation == Activation::kNone) return;
+  if (bias == nullptr && activation == Activation::kNone) return;
   for (int64_t a = 0; a < outputs; ++a, rows += row_stride) {
+    const V row_bias = broadcast<V>(bias ? bias[a] : T{});
     for (int64_t i = 0; i < count; i += kLanes<T>) {
-      store(rows + i, activate<T, kLanes<T>>(load<V>(rows + i), activation));
+      store(rows + i, activate<T, kLanes<T>>(load<V>(rows + i) + row_bias, activation));
     }
   }
 }
