@@ -299,13 +299,9 @@ BlockConvolutionWork plan_block_convolution(const BlockConvolutionArgs<T>& args,
   work.pitch = grid.pitch;
   work.rows = grid.rows;
   choose_runs(args, work);
-  work.before = work.after = 0;
-  for (int64_t t = 0; t < grid.num_taps; ++t) {
-    if (!tap_reads(grid, grid.taps[t])) continue;
-    const int64_t shift = tap_shift(grid, grid.taps[t]);
-    if (-shift > work.before) work.before = -shift;
-    if (shift > work.after) work.after = shift;
-  }
+  const Reach reach = reach_of(grid);
+  work.before = reach.before;
+  work.after = reach.after;
   const int64_t channels = count_phases(grid, grid.num_taps) * args.input.channels;
   work.groups = ceil_divide(work.vectors, group_vectors<T>(work, channels));
   // A multiple of the threads, so that few panels are filled by two of them.

@@ -74,49 +74,6 @@ inline bool tap_reads(const TapGrid& grid, const ConvolutionTap& tap) {
          reads(tap.column, grid.column_step, grid.output_width, grid.input_width);
 }
 
-// Where a vector of positions reads the input.
-template <class T>
-struct LanePositions {
-  using Int = Vec<IntOf<T>, kLanes<T>>;
-  // Far enough to stay outside whatever tap is added.
-  static constexpr int64_t kOutside = -(int64_t{1} << 30);
-  Int rows, columns;  // of a tap at (0, 0); rows are kOutside where a position is no output
-  IntOf<T> height, width;
-
-  LanePositions(const TapGrid& grid, int64_t vector)
-      : height(static_cast<IntOf<T>>(grid.input_height)),
-        width(static_cast<IntOf<T>>(grid.input_width)) {
-    const int64_t position = vector * kLanes<T>;
-    int64_t image = position / (grid.rows * grid.pitch);
-    int64_t row = position / grid.pitch % grid.rows;
-    int64_t column = position % grid.pitch;
-    IntOf<T> lane_rows[kLanes<T>], lane_columns[kLanes<T>];
-    for (int lane = 0; lane < kLanes<T>; ++lane) {
-      const bool inside =
-          image < grid.images && row < grid.output_height && column < grid.output_width;
-      lane_rows[lane] = static_cast<IntOf<T>>(inside ? row * grid.row_step : kOutside);
-      lane_columns[lane] = static_cast<IntOf<T>>(column * grid.column_step);
-      if (++column < grid.pitch) continue;
-      column = 0;
-      if (++row < grid.rows) continue;
-      row = 0;
-      ++image;
-    }
-    rows = load<Int>(lane_rows);
-    columns = load<Int>(lane_columns);
-  }
-
-  // -1 in the lanes for which the tap reads the input, 0 where it reads zero.
-  Int inside(const ConvolutionTap& tap) const {
-    const Int row = rows + static_cast<IntOf<T>>(tap.row);
-    const Int column = columns + static_cast<IntOf<T>>(tap.column);
-    return (row >= 0) & (row < height) & (column >= 0) & (column < width);
-  }
-
-  // -1 in the lanes that are outputs.
-  Int outputs() const { return rows >= 0; }
-};
-
 // Calls run(image, row, column, lane, count) for the stretches of positions [first, first + count)
 // of a grid that lie in images of height x width; `lane` counts positions from `first`. With
 // rows_meet, where width is the pitch, a stretch goes on into the next row.

@@ -41,6 +41,22 @@ inline void pad_grid(TapGrid& grid) {
   }
 }
 
+// The bounds of the taps' shifts: how many positions are read before an output's own, and after.
+struct Reach {
+  int64_t before = 0, after = 0;
+};
+
+inline Reach reach_of(const TapGrid& grid) {
+  Reach reach;
+  for (int64_t t = 0; t < grid.num_taps; ++t) {
+    if (!tap_reads(grid, grid.taps[t])) continue;
+    const int64_t shift = tap_shift(grid, grid.taps[t]);
+    if (-shift > reach.before) reach.before = -shift;
+    if (shift > reach.after) reach.after = shift;
+  }
+  return reach;
+}
+
 // Zeros to target[from, to) and up to a vector's end past it.
 template <class T>
 void set_zeros(T* target, int64_t from, int64_t to) {

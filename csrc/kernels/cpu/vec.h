@@ -123,17 +123,6 @@ template <class T>
 using LaneMask = Vec<IntOf<T>, kLanes<T>>;
 #endif
 
-// From -1 in the lanes that are read, 0 in the others.
-template <class T>
-inline LaneMask<T> lane_mask(Vec<IntOf<T>, kLanes<T>> lanes) {
-#if defined(__AVX512F__)
-  if constexpr (sizeof(T) == 4) return _mm512_movepi32_mask(bit_cast<__m512i>(lanes));
-  return _mm512_movepi64_mask(bit_cast<__m512i>(lanes));
-#else
-  return lanes;
-#endif
-}
-
 // The mask of the first `count` lanes: none below 1, all from the number of lanes on.
 template <class T>
 inline LaneMask<T> first_lanes(int64_t count) {
