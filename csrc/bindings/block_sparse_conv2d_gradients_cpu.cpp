@@ -156,24 +156,18 @@ void run_weight_gradient(const Tensor& grad_output, const Tensor& input, const T
   }
   const auto& kernels = kernels_of<T>(cpu_kernels());
   const BlockSparseConv2dWeightGradientWork work = kernels.plan_conv2d_weight_gradient(args);
-  Tensor planes;
-  T* plane_data = nullptr;
-  if (!work.in_place && work.total > 0) {
-    const int64_t image_size =
-        work.rows * work.pitch * (work.input_channels + args.grad_output.channels);
-    planes = empty_tensor(input, {args.input.images, image_size});
-    plane_data = static_cast<T*>(planes.mutable_data_ptr());
-    parallel_kernel<T>(args.input.images, args.input.images * image_size, 0,
-                       [&](int64_t begin, int64_t end, T*) {
-                         kernels.copy_conv2d_planes(args, work, begin, end, plane_data);
-                       });
-  }
+  if (work.total == 0) return;
+  const Tensor planes = empty_tensor(input, {args.input.images, work.image_size});
+  auto* plane_data = static_cast<T*>(planes.mutable_data_ptr());
+  parallel_kernel<T>(args.input.images, args.input.images * work.image_size, 0,
+                     [&](int64_t begin, int64_t end, T*) {
+                       kernels.copy_conv2d_planes(args, work, begin, end, plane_data);
+                     });
   const int64_t multiply_adds = args.grad_output.images * args.grad_output.height *
                                 args.grad_output.width * grad_values.numel();
-  parallel_kernel<T>(work.total, multiply_adds, work.scratch_size,
-                     [&](int64_t begin, int64_t end, T* scratch) {
-                       kernels.conv2d_weight_gradient(args, work, plane_data, begin, end, scratch);
-                     });
+  parallel_kernel<T>(work.total, multiply_adds, 0, [&](int64_t begin, int64_t end, T*) {
+    kernels.conv2d_weight_gradient(args, work, plane_data, begin, end);
+  });
 }
 
 Tensor block_sparse_conv2d_weight_gradient_cpu(

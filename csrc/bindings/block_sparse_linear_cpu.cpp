@@ -1,30 +1,15 @@
 #include <torch/csrc/stable/library.h>
 
-#include "../kernels/cpu/dispatch.h"
 #include "../kernels/transposed_structure.h"
 #include "block_sparse_linear.h"
 #include "block_structure.h"
-#include "parallel_kernel.h"
+#include "multiply.h"
 
 namespace fastprune {
 namespace {
 
 constexpr const char* kOp = "block_sparse_linear";
 constexpr const char* kInputGradientOp = "block_sparse_linear_input_gradient";
-
-template <class T>
-void multiply(const BlockProductArgs<T>& args) {
-  if (args.input.rows == 0 || args.output.cols == 0) return;
-  const auto& kernels = kernels_of<T>(cpu_kernels());
-  const auto& weight = args.weight;
-  const BlockProductWork work = kernels.plan_block_product(args, torch::stable::get_num_threads());
-  const int64_t multiply_adds =
-      args.input.rows * weight.outputs * weight.steps * weight.offsets[weight.lists];
-  parallel_kernel<T>(work.total, multiply_adds, work.scratch_size,
-                     [&](int64_t begin, int64_t end, T* scratch) {
-                       kernels.block_product(args, work, begin, end, scratch);
-                     });
-}
 
 template <class T>
 void run(const Tensor& input, const Tensor& packed_values, const Tensor& crow_indices,

@@ -1,14 +1,40 @@
 // Runs the convolution that block_sparse_conv2d's forward and its input gradient share.
 #pragma once
 
-#include "../kernels/cpu/dispatch.h"
-#include "parallel_kernel.h"
+#include <optional>
+
+#include "multiply.h"
 
 namespace fastprune {
+
+// Channels-last images as a matrix of pixels by channels, or nothing where their memory is none.
+template <class T>
+std::optional<MatrixView<T>> pixels_of(const ImageView<T>& images) {
+  const bool is_matrix = (images.channels == 1 || images.channel_stride == 1) &&
+                         images.row_stride == images.width * images.column_stride &&
+                         images.image_stride == images.height * images.row_stride;
+  if (!is_matrix) return std::nullopt;
+  return MatrixView<T>{images.data, images.images * images.height * images.width, images.channels,
+                       images.column_stride};
+}
+
+// A kernel of one pixel that reads where it writes is a product of pixels and weights.
+template <class T>
+bool is_pointwise(const BlockConvolutionArgs<T>& args) {
+  return args.num_taps == 1 && args.taps[0].row == 0 && args.taps[0].column == 0 &&
+         args.row_step == 1 && args.column_step == 1 && args.groups == 1 &&
+         args.input.height == args.output.height && args.input.width == args.output.width;
+}
 
 template <class T>
 void convolve(const BlockConvolutionArgs<T>& args) {
   if (args.output.images == 0 || args.output.channels == 0) return;
+  if (is_pointwise(args)) {
+    const auto input = pixels_of(args.input);
+    const auto output = pixels_of(args.output);
+    if (input && output)
+      return multiply<T>({*input, args.weight, args.bias, *output, args.activation});
+  }
   const auto& kernels = kernels_of<T>(cpu_kernels());
   const auto& weight = args.weight;
   const BlockConvolutionWork work =

@@ -10,8 +10,8 @@
 // grad_values [kept][cols][rows], must not alias an argument; padded rows and columns are set to
 //             zero
 //
-// Sums accumulate in T, over lanes and then over chunks of images that depend on the sizes alone,
-// so the bits do not depend on the number of threads.
+// Sums accumulate in T, in each lane over all images and then over the lanes, in an order that
+// depends on the sizes alone: the bits do not depend on the number of threads.
 #pragma once
 
 #include "block_sparse_conv2d.h"
@@ -36,18 +36,19 @@ struct BlockSparseConv2dWeightGradientArgs {
   T* grad_values;
 };
 
-// How the work is cut: positions are kept blocks, all of equal cost. Outputs are numbered along a
-// grid of `pitch` columns and `rows` rows for each image, as in block_convolution.
+// How the work is cut: positions are kept blocks, all of equal cost. Both tensors are read from
+// copies of `image_size` elements an image, in which outputs are numbered along a grid of `pitch`
+// columns and `rows` rows, as in block_convolution.
 struct BlockSparseConv2dWeightGradientWork {
   int64_t pitch;
   int64_t rows;
   int64_t vectors;         // that hold an image's outputs
-  int64_t chunk;           // images whose products are added before they join grad_values
   int64_t total;           // kept blocks
-  int64_t scratch_size;    // elements that each thread needs, aligned to 64 bytes
   int64_t input_channels;  // of a copy: those of each phase that a tap reads
-  bool in_place;           // both tensors are read where they lie; else from copies of
-                           // rows * pitch * (input_channels + out_channels) elements an image
+  int64_t before;          // positions that an input plane holds before the first output's
+  int64_t input_plane;     // elements of one channel
+  int64_t output_plane;
+  int64_t image_size;
 };
 
 }  // namespace fastprune

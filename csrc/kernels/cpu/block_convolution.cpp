@@ -1,252 +1,351 @@
-// block_convolution: the grid of work, panels for inputs that cannot be read where they lie, and
-// the way of the outputs into their memory format. The contract is in block_convolution.h.
+// block_convolution: how the work is cut, and the way of the outputs into their memory format. The
+// contract is in block_convolution.h.
 #include "block_convolution.h"
 
-#include "convolution_planes.h"
 #include "convolution_tile.h"
 #include "list_grid.h"
+#include "padded_panel.h"
 
 namespace fastprune {
 namespace FASTPRUNE_CPU_NAMESPACE {
 namespace {
 
-// Half of a second-level cache: the panel stays in it while all lists pass over it.
-constexpr int64_t kPanelBytes = 384 << 10;
-constexpr int64_t kMostGroupVectors = 24;
+// About half of a second-level cache: the panel stays in it while all lists pass over it.
+constexpr int64_t kPanelBytes = 256 << 10;
+// Steps of a list that a tile's outputs take one after the other: what they read, two to three
+// cache lines a step, stays in the first-level cache from the first outputs to the last.
+constexpr int64_t kChunkSteps = 96;
 // Outputs that are computed before they leave: a cache line in channels-last images.
 constexpr int64_t kStoredOutputs = 16;
+template <class T>
+constexpr int64_t kTileWidth = kTileVectors * kLanes<T>;
 
-// The bounds of the taps' shifts along the grid: what a group reads before its first position and
-// after its last one.
-struct Reach {
-  int64_t before = 0, after = 0;
+template <class T>
+TapGrid grid_of(const BlockConvolutionArgs<T>& args, int64_t pitch, int64_t rows) {
+  return {args.taps,
+          args.num_taps,
+          args.row_step,
+          args.column_step,
+          args.input.height,
+          args.input.width,
+          args.output.height,
+          args.output.width,
+          args.input.images,
+          pitch,
+          rows};
+}
+
+// The position of a vector's first lane.
+template <class T>
+int64_t position_of(const BlockConvolutionWork& work, int64_t vector) {
+  const int64_t run = vector / work.run_vectors;
+  const int64_t within = vector % work.run_vectors * kLanes<T>;
+  if (work.runs_per_image == 0) return within;
+  const int64_t image = run / work.runs_per_image, row = run % work.runs_per_image;
+  return (image * work.rows + row) * work.pitch + within;
+}
+
+// Cuts the outputs into the fewest vectors.
+template <class T>
+void choose_runs(const BlockConvolutionArgs<T>& args, BlockConvolutionWork& work) {
+  const auto& output = args.output;
+  const int64_t image_positions = (output.height - 1) * work.pitch + output.width;
+  const int64_t all_positions = (output.images - 1) * work.rows * work.pitch + image_positions;
+  struct Runs {
+    int64_t count, positions, per_image;
+  };
+  work.vectors = 0;
+  for (const Runs& runs : {Runs{output.images * output.height, output.width, output.height},
+                           Runs{output.images, image_positions, 1}, Runs{1, all_positions, 0}}) {
+    const int64_t run_vectors = ceil_divide(runs.positions, kLanes<T>);
+    if (work.vectors > 0 && runs.count * run_vectors >= work.vectors) continue;
+    work.vectors = runs.count * run_vectors;
+    work.run_vectors = run_vectors;
+    work.run_positions = runs.positions;
+    work.runs_per_image = runs.per_image;
+  }
+}
+
+int64_t first_vector(const BlockConvolutionWork& work, int64_t group) {
+  return group * work.vectors / work.groups;
+}
+
+// Positions that the panel of a group holds, from first_position on.
+template <class T>
+int64_t first_position(const BlockConvolutionWork& work, int64_t group) {
+  return position_of<T>(work, first_vector(work, group)) - work.before;
+}
+
+template <class T>
+int64_t count_positions(const BlockConvolutionWork& work, int64_t group) {
+  const int64_t last = position_of<T>(work, first_vector(work, group + 1) - 1);
+  return last + kLanes<T> + work.after - first_position<T>(work, group);
+}
+
+template <class T>
+int64_t tiles_of(const BlockConvolutionWork& work) {
+  return ceil_divide(ceil_divide(work.vectors, work.groups), kTileVectors);
+}
+
+// Lanes [lane, lane + length) of a tile, which go to `length` neighbouring outputs from `target` on
+// in the first channel.
+template <class T>
+struct Store {
+  T* target;
+  int64_t lane, length;
 };
 
-Reach reach_of(const TapGrid& grid) {
-  Reach reach;
-  for (int64_t t = 0; t < grid.num_taps; ++t) {
-    const int64_t shift = tap_shift(grid, grid.taps[t]);
-    if (-shift > reach.before) reach.before = -shift;
-    if (shift > reach.after) reach.after = shift;
-  }
-  return reach;
+// What a thread looks up: entries of the list in hand, and tiles and stores of the group in hand.
+template <class T>
+struct Tables {
+  TileEntry<T>* entries;
+  TileVectors* tiles;
+  int64_t* first_vectors;  // of the tiles, and past the last
+  int64_t* first_stores;   // the same
+  Store<T>* stores;
+};
+
+template <class T>
+int64_t tables_bytes(int64_t entries, int64_t tiles) {
+  const int64_t bytes = entries * sizeof(TileEntry<T>) + tiles * sizeof(TileVectors) +
+                        2 * (tiles + 1) * sizeof(int64_t) +
+                        tiles * kTileWidth<T> * sizeof(Store<T>);
+  return ceil_divide(bytes, 64) * 64;
 }
 
-// The grid of one sequence.
 template <class T>
-TapGrid grid_of(const BlockConvolutionArgs<T>& args, const BlockConvolutionWork& work) {
-  return {args.taps,          args.num_taps,     args.row_step,
-          args.column_step,   args.input.height, args.input.width,
-          args.output.height, args.output.width, work.in_place ? 1 : args.input.images,
-          work.pitch,         work.rows};
+Tables<T> tables_at(void* memory, int64_t entries, int64_t tiles) {
+  Tables<T> tables;
+  tables.entries = static_cast<TileEntry<T>*>(memory);
+  tables.tiles = reinterpret_cast<TileVectors*>(tables.entries + entries);
+  tables.first_vectors = reinterpret_cast<int64_t*>(tables.tiles + tiles);
+  tables.first_stores = tables.first_vectors + tiles + 1;
+  tables.stores = reinterpret_cast<Store<T>*>(tables.first_stores + tiles + 1);
+  return tables;
 }
 
-// Positions of one image up to its last output.
 template <class T>
-int64_t image_positions(const BlockConvolutionArgs<T>& args, int64_t pitch) {
-  return (args.output.height - 1) * pitch + args.output.width;
+int64_t most_entries(const BlockConvolutionArgs<T>& args) {
+  return args.num_taps * args.sources_per_tap;
 }
 
-// Whether the images themselves are the grid. Vectors do not run across images then: where that
-// leaves many lanes idle, a panel of several images is worth its copy.
 template <class T>
-bool can_read_in_place(const BlockConvolutionArgs<T>& args) {
-  const auto& input = args.input;
-  const int64_t pitch = input.row_stride;
-  const int64_t widest = input.width > args.output.width ? input.width : args.output.width;
-  if (args.row_step != 1 || args.column_step != 1 || input.column_stride != 1) return false;
-  if (pitch < widest || pitch - widest > widest / 8) return false;
-  const int64_t positions = image_positions(args, pitch);
-  const int64_t lanes = ceil_divide(positions, kLanes<T>) * kLanes<T>;
-  return input.images == 1 || 8 * positions >= 7 * lanes;
-}
-
-// Whether positions [first, first + count) of an image lie side by side in each output channel.
-template <class T>
-bool meets_output(const BlockConvolutionArgs<T>& args, int64_t pitch, int64_t first,
-                  int64_t count) {
+void make_tiles(const BlockConvolutionArgs<T>& args, const BlockConvolutionWork& work,
+                const TapGrid& grid, int64_t group, const Tables<T>& tables) {
   const auto& output = args.output;
-  return output.column_stride == 1 && output.width == pitch && output.row_stride == pitch &&
-         first + count <= output.height * pitch;
-}
-
-// Rows of `result`, one for each of `outputs` channels, to the positions that begin at `first`.
-template <class T>
-void store_outputs(const BlockConvolutionArgs<T>& args, const BlockConvolutionWork& work,
-                   int64_t image, int64_t first, int64_t count, int64_t channel, int64_t outputs,
-                   const T* result) {
-  constexpr int64_t kWidth = kTileVectors * kLanes<T>;
-  const auto& output = args.output;
+  const int64_t begin = first_vector(work, group), end = first_vector(work, group + 1);
+  const int64_t tiles = ceil_divide(end - begin, kTileVectors);
+  const int64_t panel = first_position<T>(work, group);
   const bool rows_meet =
       output.width == work.pitch && output.row_stride == work.pitch * output.column_stride;
-  for_each_run(grid_of(args, work), output.height, output.width, rows_meet, first, count,
-               [&](int64_t run_image, int64_t row, int64_t column, int64_t lane, int64_t length) {
-                 T* target = output.data + (image + run_image) * output.image_stride +
-                             channel * output.channel_stride + row * output.row_stride +
-                             column * output.column_stride;
-                 if (output.channel_stride == 1) {
-                   transpose(result + lane, kWidth, outputs, length, target, output.column_stride);
-                   return;
-                 }
-                 for (int64_t a = 0; a < outputs; ++a) {
-                   T* row_target = target + a * output.channel_stride;
-                   for (int64_t i = 0; i < length; ++i) {
-                     row_target[i * output.column_stride] = result[a * kWidth + lane + i];
-                   }
-                 }
-               });
-}
-
-template <class T>
-using ConvolveList = void (*)(const BlockLists<T>&, int64_t, int64_t, int64_t, const TileSource<T>&,
-                              const T*, T*, int64_t);
-
-template <class T>
-ConvolveList<T> list_function(bool unit_stride, int64_t vectors) {
-  static_assert(kTileVectors == 3);
-  if (vectors == 1) return unit_stride ? convolve_list<T, true, 1> : convolve_list<T, false, 1>;
-  if (vectors == 2) return unit_stride ? convolve_list<T, true, 2> : convolve_list<T, false, 2>;
-  return unit_stride ? convolve_list<T, true, 3> : convolve_list<T, false, 3>;
-}
-
-// One tile of vectors [vector, vector + vectors) of a sequence for lists [first, last).
-template <class T>
-struct Tile {
-  int64_t sequence, vector, vectors;
-  const T* data;  // of its first position in channel 0
-  const TileTap<T>* taps;
-};
-
-template <class T>
-void convolve_tile(const BlockConvolutionArgs<T>& args, const BlockConvolutionWork& work,
-                   const Tile<T>& tile, int64_t list, T* result) {
-  constexpr int64_t kWidth = kTileVectors * kLanes<T>;
-  const auto& weight = args.weight;
-  const int64_t lists_per_group = weight.lists / args.groups;
-  const int64_t group = list / lists_per_group;
-  const int64_t group_outputs = args.output.channels / args.groups;
-  const int64_t group_channels = args.input.channels / args.groups;
-  const int64_t list_output = list % lists_per_group * weight.outputs;
-  const int64_t remaining = group_outputs - list_output;
-  const int64_t outputs = weight.outputs < remaining ? weight.outputs : remaining;
-  const auto convolve = list_function<T>(weight.output_stride == 1, tile.vectors);
-  const TileSource<T> source = {tile.data + group * group_channels * work.plane, work.plane,
-                                group_channels, args.sources_per_tap, tile.taps};
-  const int64_t first = tile.vector * kLanes<T>, count = tile.vectors * kLanes<T>;
-  const bool direct = work.in_place && meets_output(args, work.pitch, first, count);
-  for (int64_t output = 0; output < outputs; output += kStoredOutputs) {
-    const int64_t end = output + kStoredOutputs < outputs ? output + kStoredOutputs : outputs;
-    const int64_t channel = group * group_outputs + list_output + output;
-    const T* bias = args.bias ? args.bias + channel : nullptr;
-    if (direct) {
-      T* target = args.output.data + tile.sequence * args.output.image_stride +
-                  channel * args.output.channel_stride + first;
-      convolve(weight, list, output, end, source, bias, target, args.output.channel_stride);
-      activate_rows(args.activation, end - output, count, target, args.output.channel_stride);
-    } else {
-      convolve(weight, list, output, end, source, bias, result, kWidth);
-      activate_rows(args.activation, end - output, count, result, kWidth);
-      store_outputs(args, work, work.in_place ? tile.sequence : 0, first, count, channel,
-                    end - output, result);
+  int64_t stores = 0;
+  for (int64_t t = 0; t <= tiles; ++t) {
+    tables.first_vectors[t] = begin + t * (end - begin) / tiles;
+    tables.first_stores[t] = stores;
+    if (t == tiles) break;
+    const int64_t first = tables.first_vectors[t];
+    const int64_t last = begin + (t + 1) * (end - begin) / tiles;
+    tables.tiles[t].first = position_of<T>(work, first) - panel;
+    for (int64_t vector = first; vector < last; ++vector) {
+      const int64_t position = position_of<T>(work, vector);
+      const int64_t lane = (vector - first) * kLanes<T>;
+      tables.tiles[t].distance[vector - first] = position - panel - tables.tiles[t].first;
+      const int64_t left = work.run_positions - vector % work.run_vectors * kLanes<T>;
+      const int64_t count = left < kLanes<T> ? left : kLanes<T>;
+      for_each_run(grid, output.height, output.width, rows_meet, position, count,
+                   [&](int64_t image, int64_t row, int64_t column, int64_t within, int64_t length) {
+                     T* target = output.data + image * output.image_stride +
+                                 row * output.row_stride + column * output.column_stride;
+                     Store<T>* before = tables.stores + stores - 1;
+                     if (stores > tables.first_stores[t] &&
+                         before->lane + before->length == lane + within &&
+                         before->target + before->length * output.column_stride == target) {
+                       before->length += length;
+                     } else {
+                       tables.stores[stores++] = {target, lane + within, length};
+                     }
+                   });
     }
   }
+}
+
+// The entries of a list; returns their number. Taps that read nothing are left out.
+template <class T>
+int64_t make_entries(const BlockConvolutionArgs<T>& args, const BlockConvolutionWork& work,
+                     const TapGrid& grid, int64_t list, TileEntry<T>* entries) {
+  const auto& weight = args.weight;
+  const int64_t group_channels = args.input.channels / args.groups;
+  const int64_t group = list / (weight.lists / args.groups);
+  int64_t count = 0, tap = -1, tap_offset = 0;
+  bool reads = false;
+  for (int64_t j = weight.offsets[list]; j < weight.offsets[list + 1]; ++j) {
+    const int64_t source = weight.sources[j];
+    // Neighbouring entries are mostly of one tap: no division then.
+    if (tap < 0 || source < tap * args.sources_per_tap ||
+        source >= (tap + 1) * args.sources_per_tap) {
+      tap = source / args.sources_per_tap;
+      reads = tap_reads(grid, args.taps[tap]);
+      const int64_t first_channel =
+          phase_rank(grid, tap) * args.input.channels + group * group_channels;
+      tap_offset = tap_shift(grid, args.taps[tap]) + first_channel * work.plane;
+    }
+    if (!reads) continue;
+    const int64_t channel = (source - tap * args.sources_per_tap) * weight.steps;
+    const int64_t left = group_channels - channel;
+    const int64_t block = weight.blocks ? weight.blocks[j] : j;
+    entries[count++] = {weight.values + block * weight.outputs * weight.steps,
+                        tap_offset + channel * work.plane,
+                        left < weight.steps ? left : weight.steps};
+  }
+  return count;
+}
+
+template <class T>
+void store_outputs(const ImageView<T>& output, const Store<T>* begin, const Store<T>* end,
+                   int64_t channel, int64_t outputs, const T* result) {
+  for (const Store<T>* part = begin; part < end; ++part) {
+    T* target = part->target + channel * output.channel_stride;
+    const T* source = result + part->lane;
+    if (output.channel_stride == 1) {
+      transpose(source, kTileWidth<T>, outputs, part->length, target, output.column_stride);
+      continue;
+    }
+    for (int64_t a = 0; a < outputs; ++a) {
+      T* row = target + a * output.channel_stride;
+      const T* lanes = source + a * kTileWidth<T>;
+      if (output.column_stride == 1) {
+        copy_exactly(lanes, part->length, row);
+      } else {
+        for (int64_t i = 0; i < part->length; ++i) row[i * output.column_stride] = lanes[i];
+      }
+    }
+  }
+}
+
+template <class T>
+using ConvolveList = void (*)(const TileList<T>&, int64_t, int64_t, const T*, int64_t,
+                              const TileVectors&, T*, int64_t);
+
+template <class T, bool kUnitStride, bool kFirst>
+ConvolveList<T> list_function(int64_t vectors) {
+  static_assert(kTileVectors == 3);
+  return vectors == 1   ? convolve_list<T, kUnitStride, kFirst, 1>
+         : vectors == 2 ? convolve_list<T, kUnitStride, kFirst, 2>
+                        : convolve_list<T, kUnitStride, kFirst, 3>;
+}
+
+template <class T>
+ConvolveList<T> list_function(bool unit_stride, bool first, int64_t vectors) {
+  if (unit_stride) {
+    return first ? list_function<T, true, true>(vectors) : list_function<T, true, false>(vectors);
+  }
+  return first ? list_function<T, false, true>(vectors) : list_function<T, false, false>(vectors);
+}
+
+// All tiles of one list.
+template <class T>
+void convolve_tiles(const BlockConvolutionArgs<T>& args, const BlockConvolutionWork& work,
+                    const Tables<T>& tables, int64_t tiles, int64_t list, int64_t entries,
+                    const T* panel, T* result) {
+  const auto& weight = args.weight;
+  const int64_t lists_per_group = weight.lists / args.groups;
+  const int64_t group_outputs = args.output.channels / args.groups;
+  const int64_t list_output = list % lists_per_group * weight.outputs;
+  const int64_t left = group_outputs - list_output;
+  const int64_t outputs = weight.outputs < left ? weight.outputs : left;
+  const int64_t first_channel = list / lists_per_group * group_outputs + list_output;
+  const int64_t most = weight.steps < kChunkSteps ? kChunkSteps / weight.steps : 1;
+  for (int64_t t = 0; t < tiles; ++t) {
+    const int64_t vectors = tables.first_vectors[t + 1] - tables.first_vectors[t];
+    for (int64_t output = 0; output < outputs; output += kStoredOutputs) {
+      const int64_t end = output + kStoredOutputs < outputs ? output + kStoredOutputs : outputs;
+      const int64_t channel = first_channel + output;
+      const Store<T>* first_store = tables.stores + tables.first_stores[t];
+      const Store<T>* last_store = tables.stores + tables.first_stores[t + 1];
+      int64_t entry = 0;
+      do {
+        const int64_t count = most < entries - entry ? most : entries - entry;
+        const auto convolve = list_function<T>(weight.output_stride == 1, entry == 0, vectors);
+        convolve({tables.entries + entry, count, weight.output_stride, weight.step_stride}, output,
+                 end, panel, work.plane, tables.tiles[t], result, kTileWidth<T>);
+        entry += count;
+      } while (entry < entries);
+      finish_rows(args.bias ? args.bias + channel : nullptr, args.activation, end - output,
+                  vectors * kLanes<T>, result, kTileWidth<T>);
+      store_outputs(args.output, first_store, last_store, channel, end - output, result);
+    }
+  }
+}
+
+// How many vectors a group should have.
+template <class T>
+int64_t group_vectors(const BlockConvolutionWork& work, int64_t channels) {
+  const int64_t halo = work.before + work.after;
+  const int64_t span = position_of<T>(work, work.vectors - 1) + kLanes<T>;
+  const int64_t held = kPanelBytes / ((channels > 0 ? channels : 1) * sizeof(T)) - halo;
+  // As much again as the halo, so that no more than half of what is copied is copied twice.
+  const int64_t positions = held > halo ? held : halo;
+  const int64_t vectors = positions * work.vectors / span / kTileVectors * kTileVectors;
+  return vectors < kTileVectors ? kTileVectors : vectors;
 }
 
 }  // namespace
 
 template <class T>
 BlockConvolutionWork plan_block_convolution(const BlockConvolutionArgs<T>& args, int64_t threads) {
-  const auto &input = args.input, &output = args.output;
-  const int64_t input_rows = ceil_divide(input.height, args.row_step);
-  const int64_t input_columns = ceil_divide(input.width, args.column_step);
   BlockConvolutionWork work;
-  work.in_place = can_read_in_place(args);
-  if (work.in_place) {
-    work.pitch = input.row_stride;
-    work.rows = output.height;
-    work.sequences = input.images;
-    work.vectors = ceil_divide(image_positions(args, work.pitch), kLanes<T>);
-    work.groups = ceil_divide(work.vectors, kMostGroupVectors);
-    work.before = work.after = 0;
-    work.plane = input.channel_stride;
-    work.panel_size = 0;
-  } else {
-    work.pitch = input_columns > output.width ? input_columns : output.width;
-    work.rows = input_rows > output.height ? input_rows : output.height;
-    work.sequences = 1;
-    const int64_t positions =
-        (input.images - 1) * work.rows * work.pitch + image_positions(args, work.pitch);
-    work.vectors = ceil_divide(positions, kLanes<T>);
-    const TapGrid grid = grid_of(args, work);
-    const Reach reach = reach_of(grid);
-    const int64_t channels = count_phases(grid, grid.num_taps) * input.channels;
-    const int64_t held =
-        kPanelBytes / (channels > 0 ? channels * sizeof(T) : 1) - reach.before - reach.after;
-    int64_t most = held / (kTileVectors * kLanes<T>)*kTileVectors;
-    most = most < kTileVectors ? kTileVectors : most < kMostGroupVectors ? most : kMostGroupVectors;
-    // A multiple of the threads, so that few panels are filled by two of them.
-    work.groups = ceil_divide(ceil_divide(work.vectors, most), threads) * threads;
-    if (work.groups > work.vectors) work.groups = work.vectors;
-    work.before = reach.before;
-    work.after = reach.after;
-    const int64_t longest = ceil_divide(work.vectors, work.groups) * kLanes<T>;
-    // An odd number of cache lines, so that channels do not share their sets.
-    constexpr int64_t kLine = 64 / sizeof(T);
-    work.plane = (ceil_divide(reach.before + longest + reach.after, kLine) | 1) * kLine;
-    work.panel_size = channels * work.plane;
+  TapGrid grid = grid_of(args, 0, 0);
+  pad_grid(grid);
+  work.pitch = grid.pitch;
+  work.rows = grid.rows;
+  choose_runs(args, work);
+  const Reach reach = reach_of(grid);
+  work.before = reach.before;
+  work.after = reach.after;
+  const int64_t channels = count_phases(grid, grid.num_taps) * args.input.channels;
+  work.groups = ceil_divide(work.vectors, group_vectors<T>(work, channels));
+  // A multiple of the threads, so that few panels are filled by two of them.
+  work.groups = ceil_divide(work.groups, threads) * threads;
+  if (work.groups > work.vectors) work.groups = work.vectors;
+  int64_t longest = 0;
+  for (int64_t group = 0; group < work.groups; ++group) {
+    const int64_t count = count_positions<T>(work, group);
+    if (count > longest) longest = count;
   }
-  work.total = work.sequences * work.vectors * cost_per_unit(args.weight);
-  const int64_t tiles = ceil_divide(ceil_divide(work.vectors, work.groups), kTileVectors);
-  const int64_t taps_size = args.num_taps * (tiles * sizeof(TileTap<T>) + sizeof(int64_t));
-  work.taps_size = ceil_divide(taps_size, 64) * 64;
-  work.scratch_size = work.taps_size / static_cast<int64_t>(sizeof(T)) +
-                      kStoredOutputs * kTileVectors * kLanes<T> + work.panel_size;
+  // Room for a vector that is written past the end; and an odd number of cache lines, so that
+  // channels do not share their sets.
+  constexpr int64_t kLine = 64 / sizeof(T);
+  work.plane = (ceil_divide(longest + kLanes<T>, kLine) | 1) * kLine;
+  work.panel_size = channels * work.plane;
+  work.total = work.vectors * cost_per_unit(args.weight);
+  const int64_t tiles = tiles_of<T>(work);
+  work.tables_size = tables_bytes<T>(most_entries(args), tiles);
+  work.scratch_size = work.tables_size / static_cast<int64_t>(sizeof(T)) +
+                      kStoredOutputs * kTileWidth<T> + work.panel_size;
   return work;
 }
 
 template <class T>
 void block_convolution(const BlockConvolutionArgs<T>& args, const BlockConvolutionWork& work,
                        int64_t begin, int64_t end, T* scratch) {
-  T* result = scratch + work.taps_size / static_cast<int64_t>(sizeof(T));
-  T* panel = result + kStoredOutputs * kTileVectors * kLanes<T>;
-  auto* tile_taps = reinterpret_cast<TileTap<T>*>(scratch);
-  const int64_t most_tiles = ceil_divide(ceil_divide(work.vectors, work.groups), kTileVectors);
-  auto* offsets = reinterpret_cast<int64_t*>(tile_taps + args.num_taps * most_tiles);
-  const TapGrid grid = grid_of(args, work);
-  for (int64_t t = 0; t < args.num_taps; ++t) {
-    offsets[t] = tap_shift(grid, args.taps[t]) +
-                 (work.in_place ? 0 : phase_rank(grid, t) * args.input.channels * work.plane);
-  }
-  const auto first_unit = [&](int64_t group) {
-    return group / work.groups * work.vectors + group % work.groups * work.vectors / work.groups;
-  };
+  const Tables<T> tables = tables_at<T>(scratch, most_entries(args), tiles_of<T>(work));
+  T* result = scratch + work.tables_size / static_cast<int64_t>(sizeof(T));
+  T* panel = result + kStoredOutputs * kTileWidth<T>;
+  const TapGrid grid = grid_of(args, work.pitch, work.rows);
   const auto convolve = [&](int64_t group, int64_t first_list, int64_t last_list) {
-    const int64_t sequence = group / work.groups;
-    const int64_t begin_vector = first_unit(group) - sequence * work.vectors;
-    const int64_t end_vector = first_unit(group + 1) - sequence * work.vectors;
-    const int64_t vectors = end_vector - begin_vector;
-    const int64_t tiles = ceil_divide(vectors, kTileVectors);
-    const int64_t first = begin_vector * kLanes<T>;
-    const T* data = args.input.data + sequence * args.input.image_stride + first;
-    if (!work.in_place) {
-      const int64_t count = work.before + vectors * kLanes<T> + work.after;
-      copy_phases(grid, args.input, first - work.before, count, panel, work.plane);
-      data = panel + work.before;
-    }
-    const auto tile_of = [&](int64_t t) {
-      const int64_t from = t * vectors / tiles, to = (t + 1) * vectors / tiles;
-      return Tile<T>{sequence, begin_vector + from, to - from, data + from * kLanes<T>,
-                     tile_taps + t * args.num_taps};
-    };
-    for (int64_t t = 0; t < tiles; ++t) {
-      const Tile<T> tile = tile_of(t);
-      make_tile_taps(grid, offsets, tile.vector, tile.vectors, tile_taps + t * args.num_taps);
-    }
+    fill_panel(grid, args.input, first_position<T>(work, group), count_positions<T>(work, group),
+               panel, work.plane);
+    make_tiles(args, work, grid, group, tables);
+    const int64_t vectors = first_vector(work, group + 1) - first_vector(work, group);
     for (int64_t list = first_list; list < last_list; ++list) {
-      for (int64_t t = 0; t < tiles; ++t) convolve_tile(args, work, tile_of(t), list, result);
+      const int64_t entries = make_entries(args, work, grid, list, tables.entries);
+      convolve_tiles(args, work, tables, ceil_divide(vectors, kTileVectors), list, entries, panel,
+                     result);
     }
   };
-  for_each_group(args.weight, work.sequences * work.groups, first_unit, begin, end, convolve);
+  for_each_group(
+      args.weight, work.groups, [&](int64_t group) { return first_vector(work, group); }, begin,
+      end, convolve);
 }
 
 template BlockConvolutionWork plan_block_convolution(const BlockConvolutionArgs<float>&, int64_t);

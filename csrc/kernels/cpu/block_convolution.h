@@ -11,9 +11,10 @@
 // a block of input channels, a source is a block row, the input is the gradient of the output, and
 // the taps read in the opposite direction.
 //
-// Sums begin with the bias, accumulate in T, in the order of the entries, one fused multiply-add
-// for each step (baseline: a product and an addition): the bits depend neither on the number of
-// threads nor on the other images nor on the memory format.
+// Sums accumulate in T, in the order of the entries, one fused multiply-add for each step
+// (baseline: a product and an addition), then the bias is added: the bits depend neither on the
+// number of threads nor on the other images nor on the memory format, and are those of
+// block_product.
 #pragma once
 
 #include "../block_sparse_conv2d.h"
@@ -36,23 +37,25 @@ struct BlockConvolutionArgs {
   Activation activation;
 };
 
-// How the work is cut. Outputs are numbered along a grid of `pitch` columns and `rows` rows for
-// each image, no narrower than the input, so that a tap is one distance for all of them; vectors
-// run along that grid, across rows. A unit is a vector; units form groups, and the grid of (group,
-// list) is walked group by group.
+// How the work is cut. Positions are numbered along a grid of `pitch` columns, `rows` rows for each
+// image, so wide that a tap is one distance for all outputs (padded_panel.h). The outputs are cut
+// into vectors of neighbouring positions, in runs: rows of an image, or images whose vectors run on
+// across rows, or all images; whichever takes fewest. A unit is a vector; units form groups, each
+// with a panel of the inputs that it reads, and the grid of (group, list) is walked group by group.
 struct BlockConvolutionWork {
   int64_t pitch;
   int64_t rows;
-  int64_t sequences;  // each of one image where `in_place`, else one of all images
-  int64_t vectors;    // of a sequence
-  int64_t groups;     // of a sequence: [g * vectors / groups, (g + 1) * vectors / groups)
-  int64_t total;      // positions: sequences * vectors * (entries + lists)
-  bool in_place;      // inputs are read where they lie, else from a panel
-  int64_t before;     // positions that a panel holds before its group's first,
-  int64_t after;      // and after its last
-  int64_t plane;      // elements of one channel of a panel
+  int64_t vectors;         // of all runs
+  int64_t run_vectors;     // of one run
+  int64_t run_positions;   // from a run's first output to its last
+  int64_t runs_per_image;  // 0: one run for all images
+  int64_t groups;          // group g has vectors [g * vectors / groups, (g + 1) * vectors / groups)
+  int64_t total;           // positions of the grid: vectors * (entries + lists)
+  int64_t before;          // positions that a panel holds before its group's first,
+  int64_t after;           // and after its last
+  int64_t plane;           // elements of one channel of a panel
   int64_t panel_size;
-  int64_t taps_size;     // bytes of the tables of taps
+  int64_t tables_size;   // bytes of the tables of entries, tiles and stores
   int64_t scratch_size;  // elements that each thread needs, aligned to 64 bytes
 };
 

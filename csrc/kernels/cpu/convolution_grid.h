@@ -63,48 +63,16 @@ inline int64_t tap_shift(const TapGrid& grid, const ConvolutionTap& tap) {
          floor_divide(tap.column, grid.column_step);
 }
 
-// Where a vector of positions reads the input.
-template <class T>
-struct LanePositions {
-  using Int = Vec<IntOf<T>, kLanes<T>>;
-  // Far enough to stay outside whatever tap is added.
-  static constexpr int64_t kOutside = -(int64_t{1} << 30);
-  Int rows, columns;  // of a tap at (0, 0); rows are kOutside where a position is no output
-  IntOf<T> height, width;
-
-  LanePositions(const TapGrid& grid, int64_t vector)
-      : height(static_cast<IntOf<T>>(grid.input_height)),
-        width(static_cast<IntOf<T>>(grid.input_width)) {
-    const int64_t position = vector * kLanes<T>;
-    int64_t image = position / (grid.rows * grid.pitch);
-    int64_t row = position / grid.pitch % grid.rows;
-    int64_t column = position % grid.pitch;
-    IntOf<T> lane_rows[kLanes<T>], lane_columns[kLanes<T>];
-    for (int lane = 0; lane < kLanes<T>; ++lane) {
-      const bool inside =
-          image < grid.images && row < grid.output_height && column < grid.output_width;
-      lane_rows[lane] = static_cast<IntOf<T>>(inside ? row * grid.row_step : kOutside);
-      lane_columns[lane] = static_cast<IntOf<T>>(column * grid.column_step);
-      if (++column < grid.pitch) continue;
-      column = 0;
-      if (++row < grid.rows) continue;
-      row = 0;
-      ++image;
-    }
-    rows = load<Int>(lane_rows);
-    columns = load<Int>(lane_columns);
-  }
-
-  // -1 in the lanes for which the tap reads the input, 0 where it reads zero.
-  Int inside(const ConvolutionTap& tap) const {
-    const Int row = rows + static_cast<IntOf<T>>(tap.row);
-    const Int column = columns + static_cast<IntOf<T>>(tap.column);
-    return (row >= 0) & (row < height) & (column >= 0) & (column < width);
-  }
-
-  // -1 in the lanes that are outputs.
-  Int outputs() const { return rows >= 0; }
-};
+// Whether a tap reads the input for any output.
+inline bool tap_reads(const TapGrid& grid, const ConvolutionTap& tap) {
+  const auto reads = [](int64_t first, int64_t step, int64_t outputs, int64_t inputs) {
+    // The first output that reads past the input's beginning.
+    const int64_t output = first < 0 ? ceil_divide(-first, step) : 0;
+    return output < outputs && first + output * step < inputs;
+  };
+  return reads(tap.row, grid.row_step, grid.output_height, grid.input_height) &&
+         reads(tap.column, grid.column_step, grid.output_width, grid.input_width);
+}
 
 // Calls run(image, row, column, lane, count) for the stretches of positions [first, first + count)
 // of a grid that lie in images of height x width; `lane` counts positions from `first`. With
@@ -116,19 +84,22 @@ void for_each_run(const TapGrid& grid, int64_t height, int64_t width, bool rows_
   const int64_t last = grid.images * image_positions;
   const int64_t end = first + count < last ? first + count : last;
   int64_t position = first < 0 ? 0 : first;
+  if (position >= end) return;
+  int64_t image = position / image_positions, row = position / grid.pitch % grid.rows;
+  int64_t column = position % grid.pitch;
   while (position < end) {
-    const int64_t image = position / image_positions, row = position / grid.pitch % grid.rows;
-    const int64_t column = position % grid.pitch;
-    if (row >= height) {
-      position = (image + 1) * image_positions;
-    } else if (column >= width) {
-      position += grid.pitch - column;
-    } else {
+    if (row < height && column < width) {
       int64_t length = rows_meet ? (height - row) * grid.pitch - column : width - column;
       if (length > end - position) length = end - position;
       run(image, row, column, position - first, length);
-      position += length;
     }
+    position += grid.pitch - column;
+    column = 0;
+    ++row;
+    if (row < height && !rows_meet) continue;
+    position += (grid.rows - row) * grid.pitch;
+    row = 0;
+    ++image;
   }
 }
 

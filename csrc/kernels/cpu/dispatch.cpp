@@ -34,7 +34,7 @@ namespace fastprune {
   template <class T>                                                                             \
   void block_sparse_conv2d_weight_gradient(const BlockSparseConv2dWeightGradientArgs<T>&,        \
                                            const BlockSparseConv2dWeightGradientWork&, const T*, \
-                                           int64_t, int64_t, T*);                                \
+                                           int64_t, int64_t);                                    \
   template <class T>                                                                             \
   int64_t ablated_cross_entropy_scratch(const AblatedCrossEntropyArgs<T>&);                      \
   template <class T>                                                                             \

@@ -33,13 +33,13 @@ struct CpuKernelsOf {
                           T* scratch);
   BlockSparseConv2dWeightGradientWork (*plan_conv2d_weight_gradient)(
       const BlockSparseConv2dWeightGradientArgs<T>&);
-  // Images [begin, end) of the copies that the kernel reads where it is not in place.
+  // Images [begin, end) of the copies that the kernel reads.
   void (*copy_conv2d_planes)(const BlockSparseConv2dWeightGradientArgs<T>&,
                              const BlockSparseConv2dWeightGradientWork&, int64_t begin, int64_t end,
                              T* planes);
   void (*conv2d_weight_gradient)(const BlockSparseConv2dWeightGradientArgs<T>&,
                                  const BlockSparseConv2dWeightGradientWork&, const T* planes,
-                                 int64_t begin, int64_t end, T* scratch);
+                                 int64_t begin, int64_t end);
   int64_t (*ablated_cross_entropy_scratch)(const AblatedCrossEntropyArgs<T>&);
   void (*ablated_cross_entropy)(const AblatedCrossEntropyArgs<T>&, int64_t begin, int64_t end,
                                 T* scratch);

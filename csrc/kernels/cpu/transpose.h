@@ -22,12 +22,10 @@ inline Vec<T, L> interleave(Vec<T, L> a, Vec<T, L> b, std::integer_sequence<int,
 }
 
 // kStream: dst is written past the caches.
-template <class T, int L, bool kStream = false>
-inline void transpose_square(const T* src, int64_t src_stride, T* dst, int64_t dst_stride) {
+template <class T, int L, bool kStream>
+inline void transpose_registers(Vec<T, L> (&rows)[L], T* dst, int64_t dst_stride) {
   using Lanes = std::make_integer_sequence<int, L>;
-  Vec<T, L> rows[L], shuffled[L];
-#pragma GCC unroll 16
-  for (int i = 0; i < L; ++i) rows[i] = load<Vec<T, L>>(src + i * src_stride);
+  Vec<T, L> shuffled[L];
 #pragma GCC unroll 4
   for (int round = 1; round < L; round *= 2) {
 #pragma GCC unroll 8
@@ -46,6 +44,25 @@ inline void transpose_square(const T* src, int64_t src_stride, T* dst, int64_t d
       store(dst + i * dst_stride, rows[i]);
     }
   }
+}
+
+template <class T, int L, bool kStream = false>
+inline void transpose_square(const T* src, int64_t src_stride, T* dst, int64_t dst_stride) {
+  Vec<T, L> rows[L];
+#pragma GCC unroll 16
+  for (int i = 0; i < L; ++i) rows[i] = load<Vec<T, L>>(src + i * src_stride);
+  transpose_registers<T, L, kStream>(rows, dst, dst_stride);
+}
+
+// The square whose rows past the first `count` are zeros, and need not exist.
+template <class T, int L>
+inline void transpose_first_rows(const T* src, int64_t src_stride, int64_t count, T* dst,
+                                 int64_t dst_stride) {
+  static constexpr T kZeros[L] = {};
+  Vec<T, L> rows[L];
+#pragma GCC unroll 16
+  for (int i = 0; i < L; ++i) rows[i] = load<Vec<T, L>>(i < count ? src + i * src_stride : kZeros);
+  transpose_registers<T, L, false>(rows, dst, dst_stride);
 }
 
 // kFromMemory: src is not in the first-level cache, and is fetched 512 bytes ahead. The hardware

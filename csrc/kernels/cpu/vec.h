@@ -123,14 +123,16 @@ template <class T>
 using LaneMask = Vec<IntOf<T>, kLanes<T>>;
 #endif
 
-// From -1 in the lanes that are read, 0 in the others.
+// The mask of the first `count` lanes: none below 1, all from the number of lanes on.
 template <class T>
-inline LaneMask<T> lane_mask(Vec<IntOf<T>, kLanes<T>> lanes) {
+inline LaneMask<T> first_lanes(int64_t count) {
 #if defined(__AVX512F__)
-  if constexpr (sizeof(T) == 4) return _mm512_movepi32_mask(bit_cast<__m512i>(lanes));
-  return _mm512_movepi64_mask(bit_cast<__m512i>(lanes));
+  return static_cast<uint16_t>(count >= 16 ? 0xffff : count > 0 ? (1 << count) - 1 : 0);
 #else
-  return lanes;
+  Vec<IntOf<T>, kLanes<T>> lanes;
+  for (int lane = 0; lane < kLanes<T>; ++lane) lanes[lane] = lane;
+  const int64_t within = count < 0 ? 0 : count > kLanes<T> ? kLanes<T> : count;
+  return lanes < static_cast<IntOf<T>>(within);
 #endif
 }
 

@@ -1,0 +1,24 @@
+// Runs the product that block_sparse_linear's forward, its input gradient and convolutions of one
+// pixel share.
+#pragma once
+
+#include "../kernels/cpu/dispatch.h"
+#include "parallel_kernel.h"
+
+namespace fastprune {
+
+template <class T>
+void multiply(const BlockProductArgs<T>& args) {
+  if (args.input.rows == 0 || args.output.cols == 0) return;
+  const auto& kernels = kernels_of<T>(cpu_kernels());
+  const auto& weight = args.weight;
+  const BlockProductWork work = kernels.plan_block_product(args, torch::stable::get_num_threads());
+  const int64_t multiply_adds =
+      args.input.rows * weight.outputs * weight.steps * weight.offsets[weight.lists];
+  parallel_kernel<T>(work.total, multiply_adds, work.scratch_size,
+                     [&](int64_t begin, int64_t end, T* scratch) {
+                       kernels.block_product(args, work, begin, end, scratch);
+                     });
+}
+
+}  // namespace fastprune
