@@ -14,59 +14,19 @@ from hypothesis import strategies as st
 from torch import nn
 
 import fastprune as fp
-from networks import SamePadded, StaticallyPadded
+from conv_module_cases import (
+    CHANNELS,
+    IMAGES,
+    LAYOUTS,
+    assert_same,
+    conv2d,
+    kept_blocks,
+    make_pair,
+    with_weight,
+)
+from networks import SamePadded
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-
-CHANNELS = (1, 3, 15, 17, 33)
-IMAGES = ((1, 1), (7, 5), (15, 17))
-LAYOUTS = {
-    "contiguous": lambda x: x.contiguous(),
-    "channels-last": lambda x: x.contiguous(memory_format=torch.channels_last),
-    "sliced": lambda x: torch.cat([x, x], 3)[..., : x.shape[3]],
-    "sliced channels": lambda x: torch.cat([x, x], 1)[:, : x.shape[1]],
-}
-
-
-def make_pair(conv, block=(4, 4), density=0.5, activation=None):
-    """A block-sparse layer and the masked dense one that it must equal."""
-    mask = torch.rand(fp.Block(*block).shape(conv.weight.shape)) < density
-    sparse = fp.BlockSparseConv2d.from_dense(conv, block, mask, activation)
-    with torch.no_grad():
-        conv.weight *= fp.Block(*block).expand(mask, conv.weight.shape)
-    return conv, sparse, mask
-
-
-def conv2d(*sizes, dtype=torch.float64, kind=nn.Conv2d, **options):
-    return kind(*sizes, **options).to(dtype)
-
-
-def assert_same(sparse, dense, x):
-    """Output and all gradients are those of the dense layer."""
-    mine, other = x.detach().clone().requires_grad_(), x.detach().clone().requires_grad_()
-    output, expected = sparse(mine), dense(other)
-    torch.testing.assert_close(output, expected)
-    factor = torch.randn_like(expected)
-    (output * factor).sum().backward()
-    (expected * factor).sum().backward()
-    torch.testing.assert_close(mine.grad, other.grad)
-    if dense.bias is not None:
-        torch.testing.assert_close(sparse.bias.grad, dense.bias.grad)
-    kept = sparse.weight.detach() != 0
-    gradient = fp.BlockSparseConv2d.from_dense(
-        _with_weight(dense, torch.where(kept, dense.weight.grad, 0.0)), sparse.blocksize, _kept(sparse)
-    )
-    torch.testing.assert_close(sparse.packed_values.grad, gradient.packed_values.detach())
-
-
-def _with_weight(conv, weight):
-    other = copy.deepcopy(conv)
-    other.weight.data = weight
-    return other
-
-
-def _kept(sparse):
-    return fp.Block(*sparse.blocksize).sum_pieces((sparse.weight != 0).long()) > 0
 
 
 @pytest.mark.parametrize("size", IMAGES)
@@ -198,7 +158,7 @@ def test_the_weight_passes_gradients_on_to_the_blocks():
     dense, sparse, mask = make_pair(conv2d(5, 9, 3))
     factor = torch.randn_like(dense.weight)
     (sparse.weight * factor).sum().backward()
-    expected = fp.BlockSparseConv2d.from_dense(_with_weight(dense, factor), (4, 4), mask)
+    expected = fp.BlockSparseConv2d.from_dense(with_weight(dense, factor), (4, 4), mask)
     torch.testing.assert_close(sparse.packed_values.grad, expected.packed_values.detach())
 
 
@@ -208,7 +168,7 @@ def test_from_dense_copies_the_weights_and_sees_masks_as_zeros():
     mask = torch.rand(fp.Block(4, 4).shape(weight.shape)) < 0.5
     fp.apply_masks_(model, fp.Masks({"0": mask}, fp.Block(4, 4), {"0": weight.shape}))
     sparse = fp.BlockSparseConv2d.from_dense(model[0], (4, 4))
-    assert torch.equal(_kept(sparse), mask)
+    assert torch.equal(kept_blocks(sparse), mask)
     with torch.no_grad():
         model[0].parametrizations.weight.original.fill_(7.0)
         model[0].bias.fill_(7.0)
@@ -337,71 +297,6 @@ def test_another_dtype_converts_the_blocks_and_leaves_the_indices():
     torch.testing.assert_close(sparse(x), dense.double()(x))
 
 
-@pytest.mark.parametrize("size", IMAGES)
-@pytest.mark.parametrize("stride", [1, 2, 3])
-@pytest.mark.parametrize("kind", [SamePadded, StaticallyPadded])
-def test_a_subclass_keeps_the_padding_of_its_own_forward(kind, stride, size):
-    dense, sparse, _ = make_pair(conv2d(5, 9, 3, stride=stride, kind=kind))
-    assert_same(sparse, dense, torch.randn(2, 5, *size, dtype=torch.float64))
-    assert f"forward of {kind.__name__}" in repr(sparse)
-    back = sparse.to_dense()
-    assert type(back) is kind
-    x = torch.randn(2, 5, *size, dtype=torch.float64)
-    assert torch.equal(back(x), dense(x))
-
-
-def test_an_activation_is_fused_behind_a_forward_of_its_own():
-    dense, sparse, _ = make_pair(conv2d(5, 9, 3, kind=SamePadded), activation="relu6")
-    x = 9 * torch.randn(2, 5, 7, 5, dtype=torch.float64)
-    torch.testing.assert_close(sparse(x), F.relu6(dense(x)))
-
-
-class _Scaled(nn.Conv2d):
-    def forward(self, input):
-        return 2 * super().forward(input)
-
-
-class _Standardized(nn.Conv2d):
-    def forward(self, input):
-        return F.conv2d(input, self.weight - self.weight.mean(), self.bias)
-
-
-class _Twice(nn.Conv2d):
-    def forward(self, input):
-        return F.conv2d(F.conv2d(input, self.weight, self.bias), self.weight, self.bias)
-
-
-class _WithoutBias(nn.Conv2d):
-    def _conv_forward(self, input, weight, bias):
-        return F.conv2d(input, weight)
-
-
-class _SumOfWeights(nn.Conv2d):
-    def forward(self, input):
-        return F.conv2d(input * torch.sum(self.weight), self.weight, self.bias)
-
-
-@pytest.mark.parametrize("kind", [_Scaled, _Standardized, _Twice, _WithoutBias, _SumOfWeights])
-def test_a_forward_that_does_more_than_change_the_input_is_refused_when_it_runs(kind):
-    sparse = fp.BlockSparseConv2d.from_dense(kind(5, 5, 3))
-    with pytest.raises(TypeError):
-        sparse(torch.randn(2, 5, 7, 5))
-
-
-class _WithGain(nn.Conv2d):
-    def __init__(self, *sizes):
-        super().__init__(*sizes)
-        self.gain = nn.Parameter(torch.ones(()))
-
-    def forward(self, input):
-        return super().forward(input * self.gain)
-
-
-def test_a_forward_with_parameters_of_its_own_is_refused():
-    with pytest.raises(ValueError, match=r"`conv` is a _WithGain, .* got \['gain'\]"):
-        fp.BlockSparseConv2d.from_dense(_WithGain(5, 9, 3))
-
-
 def test_it_prints_what_it_is():
     conv = nn.Conv2d(32, 16, 3, 2, 1, 2, 2, padding_mode="reflect")
     expected = (
@@ -490,3 +385,30 @@ def test_an_input_that_does_not_fit_is_refused(shape, dtype, grad):
     x = torch.ones(shape, dtype=dtype)
     with torch.set_grad_enabled(grad), pytest.raises(ValueError, match=r"`(input|packed_values)` must have"):
         sparse(x)
+
+
+@pytest.mark.parametrize("channels_last", [True, False])
+@pytest.mark.parametrize("grad", [True, False])
+def test_it_compiles_whole_and_exports(channels_last, grad):
+    _, sparse, _ = make_pair(nn.Conv2d(5, 9, 3, padding=1, padding_mode="reflect"), activation="relu")
+    sparse.channels_last = channels_last
+    model = nn.Sequential(sparse, nn.Conv2d(9, 4, 1))
+    x = torch.randn(2, 5, 7, 5)
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    with torch.set_grad_enabled(grad):
+        torch.testing.assert_close(compiled(x), model(x))
+    if grad:
+        expected = torch.autograd.grad(model(x).square().sum(), list(model.parameters()))
+        found = torch.autograd.grad(compiled(x).square().sum(), list(model.parameters()))
+        torch.testing.assert_close(found, expected)
+    exported = torch.export.export(model.eval(), (x,))
+    torch.testing.assert_close(exported.module()(x), model(x))
+
+
+def test_transforms_give_what_the_dense_layer_gives():
+    dense, sparse, _ = make_pair(conv2d(5, 9, 3))
+    x, direction = torch.randn(2, 2, 5, 7, 5, dtype=torch.float64)
+    torch.testing.assert_close(
+        torch.func.jvp(sparse, (x,), (direction,)), torch.func.jvp(dense, (x,), (direction,))
+    )
+    torch.testing.assert_close(torch.func.vmap(sparse)(x), torch.func.vmap(dense)(x))
