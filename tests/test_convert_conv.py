@@ -271,6 +271,14 @@ def test_each_candidate_runs_in_its_format_though_the_input_is_contiguous(times)
     assert times["layouts"][:4] == [False, False, True, True]
 
 
+@pytest.mark.parametrize(("seconds", "rounds"), [(1e-3, 15), (0.12, 10), (60.0, 5)])
+def test_a_large_model_is_measured_less_often(times, seconds, rounds):
+    times["model"] = [seconds] * 4
+    model = mask(nn.Sequential(nn.Conv2d(3, 4, 3)))
+    sparsify(model, torch.randn(2, 3, 7, 5), policy="measured")
+    assert len(times["layouts"]) == 4 * rounds
+
+
 def test_a_channels_last_model_stays_so_where_its_layers_lose(times):
     times["layer"] = [1.0, 2.0, 1.0, 2.0]
     model = mask(SmallResNet().eval().to(memory_format=LAST))
