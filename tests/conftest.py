@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import fastprune as fp
-from fastprune.modules import choice, clear_layer_seconds, convert
+from fastprune.modules import choice, clear_layer_seconds, formats
 
 # The tests of the CUDA kernels need no hypothesis, nor has every machine with a GPU.
 with contextlib.suppress(ModuleNotFoundError):
@@ -53,7 +53,7 @@ def fake_medians(monkeypatch):
     """Puts a function in the place of `interleaved_medians` wherever sparsify_ measures."""
 
     def put(fake):
-        for module in (choice, convert):
+        for module in (choice, formats):
             monkeypatch.setattr(module, "interleaved_medians", fake)
 
     return put

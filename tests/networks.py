@@ -322,3 +322,41 @@ class MobileBlock(nn.Module):
         x = F.hardswish(self.norm(self.expand(x)))
         x = F.avg_pool2d(F.silu(self.depthwise(x)), 2)
         return self.head(F.adaptive_avg_pool2d(F.relu6(self.grouped(x)), 1).flatten(1))
+
+
+class SamePadded(nn.Conv2d):
+    """A convolution that pads its input as TensorFlow does, by what its size needs."""
+
+    def forward(self, x):
+        sides = []
+        for size, kernel, stride, dilation in zip(
+            x.shape[:-3:-1], self.weight.shape[:-3:-1], self.stride[::-1], self.dilation[::-1], strict=True
+        ):
+            padding = max((-(-size // stride) - 1) * stride + (kernel - 1) * dilation + 1 - size, 0)
+            sides += [padding // 2, padding - padding // 2]
+        return F.conv2d(F.pad(x, sides), self.weight, self.bias, self.stride, 0, self.dilation, self.groups)
+
+
+class StaticallyPadded(nn.Conv2d):
+    """A convolution with a module that pads its input."""
+
+    def __init__(self, *sizes, **options):
+        super().__init__(*sizes, **options)
+        self.static_padding = nn.ZeroPad2d((1, 1, 2, 3))
+
+    def forward(self, x):
+        return super().forward(self.static_padding(x))
+
+
+class SmallVGG(nn.Sequential):
+    """Convolutions, batch norms and activations in a row, each a module used once."""
+
+    def __init__(self, activation=lambda: nn.ReLU(inplace=True), conv=nn.Conv2d):
+        layers = []
+        for in_channels, out_channels in ((3, 8), (8, 12), (12, 17)):
+            norm = spoil_norm(nn.BatchNorm2d(out_channels))
+            layers += [conv(in_channels, out_channels, 3, padding=1, bias=False), norm, activation()]
+        super().__init__(
+            *layers, nn.MaxPool2d(2), nn.Flatten(), nn.Linear(17 * 6, 16), spoil_norm(nn.BatchNorm1d(16)),
+            nn.ReLU(), nn.Linear(16, 5),
+        )  # fmt: skip

@@ -15,7 +15,7 @@ import torch
 import fastprune as fp
 from fastprune import cli, demo, metrics
 from fastprune.demo import load_digits_data, load_idx_data, make_model, read_idx
-from fastprune.modules import choice, convert
+from fastprune.modules import choice, formats
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -160,7 +160,7 @@ def small_demo(monkeypatch):
     monkeypatch.setattr(demo, "SPARSITIES", (0.5, 0.75))
     monkeypatch.setattr(demo, "BATCH_SIZES", (1, 8))
     monkeypatch.setattr(demo, "SCORED_SAMPLES", 16)
-    for module in (demo, metrics, choice, convert):
+    for module in (demo, metrics, choice, formats):
         monkeypatch.setattr(
             module, "interleaved_medians", lambda functions, **options: [2e-3, 1e-3][: len(functions)]
         )

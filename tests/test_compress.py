@@ -11,11 +11,12 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
 
 import fastprune as fp
 from compression import BLOCK, OPTIONS, assert_same_bits, task
 from helpers import Snapshot, mlp
-from networks import TwoInputs
+from networks import SmallConvNet, TwoInputs
 
 pytestmark = pytest.mark.usefixtures("one_thread", "sparse_is_faster")
 
@@ -65,6 +66,24 @@ def test_the_result_holds_block_sparse_layers_of_the_sparsity_asked_for():
     assert len(converted) == 2
     zeros = sum(int((layer.weight == 0).sum()) for layer in converted)
     assert zeros / (12 * 17 + 34) == pytest.approx(result.history[-1]["sparsity"], abs=1e-6)
+
+
+def test_convolutions_are_converted_at_the_end_and_from_a_checkpoint(tmp_path):
+    inputs = torch.randn(30, 3, 7, 5)
+    loader = DataLoader(TensorDataset(inputs, (inputs.mean((1, 2, 3)) > 0).long()), 10)
+    options = {**OPTIONS, "granularity": fp.Block(2, 3), "checkpoint_dir": tmp_path, "rounds": 2}
+    model = SmallConvNet()
+    result = fp.compress(model, loader, loader, **options)
+    for name in ("conv1", "conv2", "skip"):
+        layer = result.model.get_submodule(name)
+        assert isinstance(layer, fp.BlockSparseConv2d), name
+        zeros = float((layer.weight == 0).float().mean())
+        assert zeros == pytest.approx(result.history[-1]["layers"][name], abs=1e-6)
+    assert type(result.model.depthwise) is nn.Conv2d
+    assert fp.evaluate(result.model, loader)["loss"] == pytest.approx(result.history[-1]["loss"], rel=1e-4)
+    again = fp.compress(model, loader, loader, **options)
+    assert again.history == result.history
+    assert_same_bits(again.model, result.model)
 
 
 CRITERIA = ("gradient", "gradient_change", "taylor", "fisher", "activation", "wanda", "random")

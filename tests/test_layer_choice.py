@@ -10,6 +10,7 @@ from torch import nn
 
 import fastprune as fp
 from fastprune.modules import clear_layer_seconds
+from fastprune.timing import interleaved_medians
 from helpers import masked_mlp
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -49,3 +50,12 @@ def test_a_layer_is_measured_once_for_each_pattern_input_and_thread_count(fake_m
     assert layers_measured(model, x.double()) == 2
     clear_layer_seconds()
     assert layers_measured(model, x.double()) == 2
+
+
+@pytest.mark.parametrize(("seconds", "repeats"), [(0.0, 5), (1e9, 9)])
+def test_what_takes_long_is_measured_five_times(seconds, repeats):
+    calls = []
+    functions = [lambda: calls.append(0), lambda: calls.append(1)]
+    medians = interleaved_medians(functions, repeats=9, warmup=0, maximum_seconds=seconds)
+    assert len(medians) == 2
+    assert calls == [0, 1] * repeats

@@ -30,8 +30,9 @@ ORDER = (
     "importance.chunks",
     "importance.loss_delta", "importance.first_forward", "importance.eval_mode", "importance.scoring",
     "importance",
-    "modules.linear", "modules.choice", "modules.convert", "modules",
-    "metrics", "distillation", "serialization",
+    "modules.base", "modules.own_forward", "modules.linear", "modules.conv", "modules.swapping",
+    "modules.examples", "modules.formats", "modules.choice", "modules.fold", "modules.convert", "modules",
+    "metrics", "distillation", "saved_structure", "serialization",
     "compress", "demo", "cli",
     "", "__main__",
 )  # fmt: skip

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 
 import pytest
@@ -230,3 +231,43 @@ def test_the_real_latency_is_measured_for_both():
 def test_converted_layers_are_listed_by_name():
     model = nn.Sequential(nn.Linear(4, 4), nn.Sequential(fp.BlockSparseLinear.from_dense(nn.Linear(4, 4))))
     assert converted_layers(model) == {"1.0": model[1][0]}
+    layer = fp.BlockSparseConv2d.from_dense(nn.Conv2d(4, 4, 3))
+    assert converted_layers(nn.Sequential(layer)) == {"0": layer}
+
+
+def _pruned_conv():
+    """A convolution of which 20 of its 36 blocks are kept, with padding in each tap and in the last rows."""
+    conv = nn.Conv2d(5, 7, 3, padding=1)
+    keep = torch.zeros(2, 18, dtype=torch.bool)
+    keep[0, :10] = keep[1, 8:] = True
+    return fp.BlockSparseConv2d.from_dense(conv, (4, 4), keep)
+
+
+def test_convolutions_count_the_kept_blocks_alone():
+    layer = _pruned_conv()
+    # A tap has a block of four channels and one of the fifth; rows are four, and three.
+    assert count_parameters(layer) == 5 * 4 * 5 + 5 * 3 * 5 + 7
+    assert count_bytes(layer) == 4 * (20 * 16 + 7) + 4 * (3 + 20)
+    assert count_flops(layer, _example(2, 5, 7, 5)) == 2 * 2 * 7 * 5 * 20 * 16
+    model = nn.Sequential(layer.to_dense())
+    assert count_parameters(model) == count_parameters(layer)
+    assert count_bytes(model) == 4 * (5 * 7 * 9 + 7)
+
+
+def test_compare_counts_a_converted_network(quick):
+    dense = SmallConvNet()
+    model = copy.deepcopy(dense)
+    scores = fp.score(model, None, criterion="magnitude", granularity=fp.Block(4, 3))
+    masks = scores.select(sparsity=0.5)
+    fp.apply_masks_(model, masks)
+    x = torch.randn(2, 3, 7, 5)
+    fp.sparsify_(model, example_inputs=x, blocksize=(4, 3), policy="always")
+    loader = classification_batches((3, 1), (3, 7, 5), 5)
+    comparison = fp.compare(dense, model, loader, example_inputs=x)
+    pruned = sum(
+        int((~masks.granularity.expand(masks[name], weight)).sum())
+        for name, weight in masks.weight_shapes.items()
+    )
+    assert comparison.dense.parameters - comparison.compressed.parameters == pruned
+    assert comparison.compressed.flops < comparison.dense.flops
+    assert set(converted_layers(model)) == {"conv1", "conv2", "skip", "head"}

@@ -13,8 +13,9 @@ from torch import nn
 
 import fastprune as fp
 from fastprune.files import write_atomically
+from fastprune.modules.formats import is_channels_last, use_format_
 from helpers import Snapshot, masked_mlp, mlp
-from networks import SharedLayer, SmallConvNet, spoil_norm
+from networks import SamePadded, SharedLayer, SmallConvNet, SmallResNet, SmallVGG, spoil_norm
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -50,12 +51,29 @@ def _unit_masked():
     return fp.apply_masks_(model, masks)
 
 
-def _sparse(model, x, **options):
-    return fp.sparsify_(mask(model, **options), example_inputs=x, blocksize=(4, 4), policy="always")
+def _sparse(model, x, fold=False, **options):
+    return fp.sparsify_(
+        mask(model, **options), example_inputs=x, blocksize=(4, 4), policy="always", fold_batch_norm=fold
+    )
 
 
 def _encoder():
     return nn.TransformerEncoderLayer(16, 2, 24, batch_first=True).eval()
+
+
+def _images(*sizes):
+    return torch.randn(2, *sizes)
+
+
+def _padded():
+    return nn.Sequential(SamePadded(3, 8, 3, stride=2), nn.ReLU(), nn.Conv2d(8, 4, 3, padding="same")).eval()
+
+
+def _channels_last():
+    """Sparse and dense convolutions in a model that was measured to be faster channels-last."""
+    model = _sparse(SmallConvNet().eval(), _images(3, 7, 5), include=["conv2", "head"])
+    use_format_(model, torch.channels_last)
+    return model
 
 
 X = torch.randn(3, 17)
@@ -88,6 +106,37 @@ MODELS = {
         lambda: mask(SmallConvNet()).eval(),
         lambda: SmallConvNet().eval(),
         torch.randn(2, 3, 7, 5),
+    ),
+    "convolutions, sparse": (
+        lambda: _sparse(SmallConvNet().eval(), _images(3, 7, 5)),
+        lambda: SmallConvNet().eval(),
+        _images(3, 7, 5),
+    ),
+    "convolutions, sparse into sparse": (
+        lambda: _sparse(SmallResNet().eval(), _images(3, 7, 5)),
+        lambda: _sparse(SmallResNet().eval(), _images(3, 7, 5)),
+        _images(3, 7, 5),
+    ),
+    "convolutions, channels-last": (_channels_last, lambda: SmallConvNet().eval(), _images(3, 7, 5)),
+    "convolutions with a padding of their own": (
+        lambda: _sparse(_padded(), _images(3, 7, 5)),
+        _padded,
+        _images(3, 7, 5),
+    ),
+    "folded batch norms": (
+        lambda: _sparse(SmallVGG().eval(), _images(3, 7, 5), fold=True),
+        lambda: SmallVGG().eval(),
+        _images(3, 7, 5),
+    ),
+    "folded batch norms of dense layers": (
+        lambda: _sparse(SmallVGG().eval(), _images(3, 7, 5), fold=True, include="3"),
+        lambda: SmallVGG().eval(),
+        _images(3, 7, 5),
+    ),
+    "folded, into a folded one": (
+        lambda: _sparse(SmallVGG().eval(), _images(3, 7, 5), fold=True),
+        lambda: _sparse(SmallVGG().eval(), _images(3, 7, 5), fold=True, include="3"),
+        _images(3, 7, 5),
     ),
     "an encoder layer": (lambda: _sparse(_encoder(), torch.randn(2, 3, 16)), _encoder, torch.randn(2, 3, 16)),
     "a layer by itself, masked": (lambda: mask(nn.Linear(17, 8)), lambda: nn.Linear(17, 8), X),
@@ -160,6 +209,61 @@ def test_a_fused_activation_comes_back(tmp_path):
     loaded = fp.load(tmp_path / "model", nn.Sequential(nn.Linear(17, 8)))
     assert loaded[0].activation == "relu"
     assert torch.equal(loaded(X), model(X))
+
+
+def test_the_memory_format_comes_back(tmp_path):
+    fp.save(_channels_last(), tmp_path / "model")
+    loaded = fp.load(tmp_path / "model", SmallConvNet())
+    assert loaded.conv2.channels_last
+    assert is_channels_last(loaded.conv1.weight)
+    assert loaded(_images(3, 7, 5)).shape == (2, 5)
+
+
+def test_a_layer_that_got_a_bias_from_a_norm_comes_back_with_it(tmp_path):
+    model = MODELS["folded batch norms of dense layers"][0]()
+    fp.save(model, tmp_path / "model")
+    fresh = SmallVGG().eval()
+    fresh[0].weight.requires_grad_(False)
+    loaded = fp.load(tmp_path / "model", fresh)
+    assert type(loaded[0]) is nn.Conv2d
+    assert loaded[0] is fresh[0]
+    assert torch.equal(loaded[0].bias, model[0].bias)
+    assert [loaded[index].bias.requires_grad for index in (0, 3, 6)] == [False, True, True]
+    assert fp.explain(loaded).count("BatchNorm2d folded into") == 3
+
+
+OTHER_CONVOLUTIONS = {
+    "stride": lambda: nn.Conv2d(3, 8, 3, stride=2, padding=1),
+    "padding": lambda: nn.Conv2d(3, 8, 3),
+    "padding of another form": lambda: nn.Conv2d(3, 8, 3, padding="same"),
+    "padding mode": lambda: nn.Conv2d(3, 8, 3, padding=1, padding_mode="reflect"),
+    "dilation": lambda: nn.Conv2d(3, 8, 3, padding=1, dilation=2),
+    "channels": lambda: nn.Conv2d(2, 8, 3, padding=1),
+    "channels within the padding of a block": lambda: nn.Conv2d(4, 8, 3, padding=1),
+    "outputs": lambda: nn.Conv2d(3, 7, 3, padding=1),
+    "kernel": lambda: nn.Conv2d(3, 8, (3, 1), padding=1),
+    "bias": lambda: nn.Conv2d(3, 8, 3, padding=1, bias=False),
+    "dtype": lambda: nn.Conv2d(3, 8, 3, padding=1).double(),
+    "forward": lambda: SamePadded(3, 8, 3, padding=1),
+    "kind": lambda: nn.Linear(3, 8),
+}
+
+
+@pytest.mark.parametrize("other", OTHER_CONVOLUTIONS)
+def test_a_convolution_of_another_geometry_is_refused_and_the_model_unchanged(other, tmp_path):
+    conv = fp.BlockSparseConv2d.from_dense(nn.Conv2d(3, 8, 3, padding=1), (4, 4))
+    fp.save(nn.Sequential(conv), tmp_path / "model")
+    fp.load(tmp_path / "model", nn.Sequential(nn.Conv2d(3, 8, 3, padding=1)))
+    fresh = nn.Sequential(OTHER_CONVOLUTIONS[other]())
+    snapshot = Snapshot(fresh)
+    with pytest.raises(ValueError, match="`fresh_model`"):
+        fp.load(tmp_path / "model", fresh)
+    snapshot.assert_unchanged()
+
+
+def test_a_convolution_by_itself_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="must not be a BlockSparseConv2d itself"):
+        fp.save(fp.BlockSparseConv2d.from_dense(nn.Conv2d(3, 8, 3)), tmp_path / "model")
 
 
 @pytest.mark.parametrize("kind", ["masked", "sparse"])

@@ -11,7 +11,8 @@ from safetensors.torch import save_file
 
 import fastprune as fp
 from helpers import Snapshot, masked_mlp, mlp
-from test_serialization import SIZES, sparse_mlp
+from networks import SmallVGG
+from test_serialization import MODELS, SIZES, sparse_mlp
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -153,6 +154,80 @@ def test_a_tampered_masked_file_is_refused_and_the_fresh_model_is_unchanged(kind
     fp.save(masked_mlp()[0], path)
     _tampered(path, TAMPERED_MASKS[kind])
     fresh = mlp(*SIZES)
+    snapshot = Snapshot(fresh)
+    with pytest.raises(ValueError, match=REFUSED):
+        fp.load(path, fresh)
+    snapshot.assert_unchanged()
+
+
+def _conv(key, value):
+    return lambda manifest, tensors: manifest["block_sparse_conv2d"]["3"].__setitem__(key, value)
+
+
+def _geometry(key, value):
+    return lambda manifest, tensors: manifest["block_sparse_conv2d"]["3"]["geometry"].__setitem__(key, value)
+
+
+TAMPERED_CONVOLUTIONS = {
+    "crow_indices beyond the blocks": _set("3.crow_indices", _edit(-1, 10_000)),
+    "col_indices beyond the taps": _set("3.col_indices", _edit(-1, 18)),
+    "col_indices unsorted": _set("3.col_indices", lambda t: t.flip(0)),
+    "values flat": _set("3.packed_values", lambda t: t.flatten()),
+    "values without dimensions": _set("3.packed_values", lambda t: t.sum()),
+    "values without columns": _set("3.packed_values", lambda t: t[:, :0].clone()),
+    "values of wider blocks": _set("3.packed_values", lambda t: torch.ones(len(t), 9, 4)),
+    "values double": _set("3.packed_values", lambda t: t.double()),
+    "values missing": _without("3.packed_values"),
+    "bias of another size": _set("3.bias", lambda t: t[:-1].clone()),
+    "bias of a folded norm missing": _without("3.bias"),
+    "bias of a dense layer's folded norm missing": _without("0.bias"),
+    "bias of a dense layer of another size": _set("0.bias", lambda t: t[:-1].clone()),
+    "stride": _geometry("stride", [2, 2]),
+    "kernel_size huge": _geometry("kernel_size", [10**30, 3]),
+    "groups zero": _geometry("groups", 0),
+    "forward of another class": _geometry("forward", "SamePadded"),
+    "geometry missing": lambda manifest, tensors: (
+        manifest["block_sparse_conv2d"]["3"].pop("geometry") and None
+    ),
+    "geometry a list": _conv("geometry", [1]),
+    "geometry a number": _conv("geometry", 3),
+    "activation unknown": _conv("activation", "os.system"),
+    "activation a list": _conv("activation", ["relu"]),
+    "entry a string": lambda manifest, tensors: manifest["block_sparse_conv2d"].__setitem__("3", "x"),
+    "entry of no layer": lambda manifest, tensors: manifest["block_sparse_conv2d"].__setitem__(
+        "99", manifest["block_sparse_conv2d"]["3"]
+    ),
+    "entry without a name": lambda manifest, tensors: manifest["block_sparse_conv2d"].__setitem__(
+        "", manifest["block_sparse_conv2d"]["3"]
+    ),
+    "entry of a linear": lambda manifest, tensors: manifest["block_sparse_linear"].__setitem__(
+        "3", manifest["block_sparse_conv2d"].pop("3")
+    ),
+    "block_sparse_conv2d missing": lambda manifest, tensors: manifest.pop("block_sparse_conv2d") and None,
+    "folded a list": _manifest("folded", []),
+    "folded a layer": lambda manifest, tensors: manifest["folded"].__setitem__("0", "3"),
+    "folded a module that is not there": lambda manifest, tensors: manifest["folded"].__setitem__("99", "3"),
+    "folded into a pool": lambda manifest, tensors: manifest["folded"].__setitem__("1", "9"),
+    "folded into nothing": lambda manifest, tensors: manifest["folded"].__setitem__("1", "99"),
+    "folded into a number": lambda manifest, tensors: manifest["folded"].__setitem__("1", 3),
+    "folded into a list": lambda manifest, tensors: manifest["folded"].__setitem__("1", ["3"]),
+    "not folded": _manifest("folded", {}),
+    "channels_last a dict": _manifest("channels_last", {}),
+    "channels_last a number": _manifest("channels_last", [3]),
+    "channels_last a list": _manifest("channels_last", [["3"]]),
+    "channels_last a norm": _manifest("channels_last", ["1"]),
+    "channels_last a layer that is not there": _manifest("channels_last", ["99"]),
+}
+
+
+@pytest.mark.parametrize("kind", TAMPERED_CONVOLUTIONS)
+def test_a_tampered_file_of_convolutions_is_refused_and_the_fresh_model_is_unchanged(kind, tmp_path):
+    path = tmp_path / "model"
+    fp.save(MODELS["folded batch norms of dense layers"][0](), path)
+    _tampered(path, lambda manifest, tensors: None)
+    fp.load(path, SmallVGG())
+    _tampered(path, TAMPERED_CONVOLUTIONS[kind])
+    fresh = SmallVGG().train()
     snapshot = Snapshot(fresh)
     with pytest.raises(ValueError, match=REFUSED):
         fp.load(path, fresh)

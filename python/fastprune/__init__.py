@@ -13,13 +13,14 @@ from .granularity import Block, Element, Granularity, Head, InputUnit, Layer, Pa
 from .importance import Calibration, ImportanceScores, criteria, score
 from .masks import Budget, Masks, apply_masks_, remove_masks_
 from .metrics import Comparison, compare, evaluate
-from .modules import BlockSparseLinear, explain, sparsify_
+from .modules import BlockSparseConv2d, BlockSparseLinear, explain, sparsify_
 from .serialization import load, save
 
 __version__ = version()
 
 __all__ = [
     "Block",
+    "BlockSparseConv2d",
     "BlockSparseLinear",
     "BlockSparseTensor",
     "Budget",

@@ -175,6 +175,7 @@ def _measure(teacher: nn.Module, model: nn.Module, loader: DataLoader, test: Ten
                 "speedup": {str(size): layer_speedup(layer, size) for size in BATCH_SIZES},
             }
             for name, layer in converted_layers(model).items()
+            if isinstance(layer, BlockSparseLinear)
         },
     }
 

@@ -25,7 +25,7 @@ from .batches import (
 from .granularity import is_scorable
 from .layers import check_model
 from .masks import piece_mask_of
-from .modules import BlockSparseLinear
+from .modules import BlockSparseLayer
 from .timing import interleaved_medians
 
 
@@ -86,10 +86,8 @@ def count_parameters(model: nn.Module) -> int:
             mask = piece_mask_of(module, name)
             if mask is not None:
                 pruned[id(mask)] = ~mask
-        weight = module._parameters.get(
-            "packed_values" if isinstance(module, BlockSparseLinear) else "weight"
-        )
-        if weight is not None and (is_scorable(module) or isinstance(module, BlockSparseLinear)):
+        weight = module._parameters.get("packed_values" if isinstance(module, BlockSparseLayer) else "weight")
+        if weight is not None and (is_scorable(module) or isinstance(module, BlockSparseLayer)):
             pruned[id(weight)] = weight == 0
     return sum(tensor.numel() for tensor in tensors.values()) - sum(
         int(zeros.sum()) for zeros in pruned.values()
@@ -253,6 +251,6 @@ def compare(
     )
 
 
-def converted_layers(model: nn.Module) -> dict[str, BlockSparseLinear]:
+def converted_layers(model: nn.Module) -> dict[str, BlockSparseLayer]:
     """Return the block-sparse layers of a model by name."""
-    return {name: module for name, module in model.named_modules() if isinstance(module, BlockSparseLinear)}
+    return {name: module for name, module in model.named_modules() if isinstance(module, BlockSparseLayer)}

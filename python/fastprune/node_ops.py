@@ -213,7 +213,7 @@ def is_elementwise(traced: TracedModel, node: fx.Node) -> bool:
     return op is not None and op.kind == "elementwise" and len(node.all_input_nodes) == 1
 
 
-_ACTIVATION_MODULES = {nn.ReLU: "relu", nn.ReLU6: "relu6", nn.SiLU: "silu", nn.GELU: "gelu"}
+ACTIVATION_MODULES = {nn.ReLU: "relu", nn.ReLU6: "relu6", nn.SiLU: "silu", nn.GELU: "gelu"}
 _ACTIVATION_FUNCTIONS = {
     F.relu: "relu", torch.relu: "relu", _aten.relu.default: "relu", F.relu6: "relu6",
     F.silu: "silu", _aten.silu.default: "silu", F.gelu: "gelu", _aten.gelu.default: "gelu",
@@ -231,7 +231,7 @@ def fused_activation(traced: TracedModel, node: fx.Node) -> str | None:
     if node.op == "call_module":
         if isinstance(module, (nn.Identity, nn.Dropout)):
             return "none"
-        name = _ACTIVATION_MODULES.get(type(module))
+        name = ACTIVATION_MODULES.get(type(module))
         approximate = getattr(module, "approximate", "none")
     else:
         name = "relu" if node.target == "relu" else _ACTIVATION_FUNCTIONS.get(node.target)

@@ -11,40 +11,23 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from torch.nn.utils import parametrize
 
-from .block_sparse import BlockSparseTensor
 from .files import write_atomically
+from .granularity import weight_of
 from .layers import check_model
 from .masks import piece_mask_of, set_piece_mask
-from .modules import BlockSparseLinear, swap_modules
-
-FORMAT = 1
-_BLOCK_SPARSE_TENSORS = ("packed_values", "crow_indices", "col_indices", "bias")
-
-
-def _structure(model: nn.Module) -> dict[str, Any]:
-    """What a fresh model needs before its state fits: block-sparse modules and masks."""
-    block_sparse = {}
-    masked = []
-    for name, module in model.named_modules():
-        if isinstance(module, BlockSparseLinear):
-            if not name:
-                raise ValueError("`model` must not be a BlockSparseLinear itself; put it into a Sequential")
-            block_sparse[name] = {
-                "shape": [module.out_features, module.in_features],
-                "activation": module.activation,
-            }
-        elif parametrize.is_parametrized(module):
-            for parameter in module.parametrizations:
-                chain = module.parametrizations[parameter]
-                if len(chain) != 1 or piece_mask_of(module, parameter) is None:
-                    raise ValueError(
-                        f"layer '{name}' has a parametrization of '{parameter}' that is no fastprune mask; "
-                        "remove it before saving"
-                    )
-                masked.append([name, parameter])
-    return {"format": FORMAT, "block_sparse_linear": block_sparse, "masked": masked}
+from .modules import swap_modules
+from .modules.formats import use_format_
+from .saved_structure import (
+    FORMAT,
+    PARTS,
+    block_sparse_layers,
+    channels_last_layers,
+    check_state,
+    identities,
+    norms_folded_into,
+    structure_of,
+)
 
 
 def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
@@ -58,7 +41,7 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
         ValueError: the state holds something that is no tensor, or a foreign parametrization.
 
     """
-    manifest = _structure(check_model(model))
+    manifest = structure_of(check_model(model))
     tensors: dict[str, Tensor] = {}
     aliases: dict[str, str] = {}
     first_by_memory: dict[tuple, str] = {}
@@ -93,7 +76,7 @@ def _read(path: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str, Tenso
     if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
         found = manifest.get("format") if isinstance(manifest, dict) else manifest
         raise ValueError(f"'{os.fspath(path)}' has format {found!r}, this fastprune reads {FORMAT}")
-    for key, kind in (("block_sparse_linear", dict), ("masked", list), ("aliases", dict)):
+    for key, kind in PARTS:
         if not isinstance(manifest.get(key), kind):
             raise ValueError(f"'{os.fspath(path)}' has a damaged structure: no {kind.__name__} '{key}'")
     for alias, source in manifest["aliases"].items():
@@ -101,43 +84,6 @@ def _read(path: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str, Tenso
             raise ValueError(f"'{os.fspath(path)}' has a damaged structure: alias '{alias}' of '{source}'")
         tensors[alias] = tensors[source]
     return manifest, tensors
-
-
-def _block_sparse_module(
-    name: str, entry: Any, tensors: dict[str, Tensor], fresh: nn.Module
-) -> BlockSparseLinear:
-    try:
-        out_features, in_features = (int(size) for size in entry["shape"])
-        parts = {part: tensors.get(f"{name}.{part}") for part in _BLOCK_SPARSE_TENSORS}
-        packed_values, crow_indices, col_indices, bias = parts.values()
-        if packed_values is None or crow_indices is None or col_indices is None:
-            raise ValueError(f"it lacks {sorted(part for part, tensor in parts.items() if tensor is None)}")
-        weight = BlockSparseTensor(packed_values, crow_indices, col_indices, (out_features, in_features))
-        module = BlockSparseLinear(weight, bias, entry["activation"])
-    except (ValueError, TypeError, KeyError, OverflowError, RuntimeError) as error:
-        raise ValueError(f"the saved layer '{name}' is damaged: {error}") from error
-    old = dict(fresh.named_modules()).get(name)
-    sizes = (getattr(old, "out_features", None), getattr(old, "in_features", None))
-    if (
-        not name
-        or not isinstance(old, (nn.Linear, BlockSparseLinear))
-        or sizes != (out_features, in_features)
-    ):
-        raise ValueError(
-            f"`fresh_model` does not fit: layer '{name}' must be a Linear with {in_features} inputs and "
-            f"{out_features} outputs, got {old}"
-        )
-    _check_state(
-        {f"{name}.{part}": tensor for part, tensor in old.state_dict().items() if part == "bias"},
-        {f"{name}.{part}": tensor for part, tensor in module.state_dict().items() if part == "bias"},
-    )
-    parameter = next(iter(old.parameters()))
-    module.requires_grad_(parameter.requires_grad)
-    if packed_values.dtype != parameter.dtype:
-        raise ValueError(
-            f"`fresh_model` does not fit: layer '{name}' must be {packed_values.dtype}, got {parameter.dtype}"
-        )
-    return module.to(parameter.device).train(old.training)
 
 
 def load(path: str | os.PathLike[str], fresh_model: nn.Module) -> nn.Module:
@@ -159,10 +105,10 @@ def load(path: str | os.PathLike[str], fresh_model: nn.Module) -> nn.Module:
     """
     check_model(fresh_model, "fresh_model")
     manifest, tensors = _read(path)
-    replacements = {
-        name: _block_sparse_module(name, entry, tensors, fresh_model)
-        for name, entry in manifest["block_sparse_linear"].items()
-    }
+    layers = block_sparse_layers(manifest, tensors, fresh_model)
+    replacements = {**layers, **identities(manifest, fresh_model)}
+    biased = norms_folded_into(manifest, fresh_model) - layers.keys()
+    channels_last = channels_last_layers(manifest, fresh_model)
     modules = dict(fresh_model.named_modules())
     # A module that is used in several places has its state under each of its names.
     names: dict[int, list[str]] = {}
@@ -177,6 +123,9 @@ def load(path: str | os.PathLike[str], fresh_model: nn.Module) -> nn.Module:
     }
     for name, module in replaced.items():
         expected.update({f"{name}.{key}": tensor for key, tensor in module.state_dict().items()})
+    biases = {name: _empty_bias(modules[name]) for name in biased}
+    for name, bias in biases.items():
+        expected.update({f"{alias}.bias": bias for alias in names[id(modules[name])]})
     for entry in manifest["masked"]:
         if not (isinstance(entry, list) and len(entry) == 2 and all(isinstance(part, str) for part in entry)):
             raise ValueError(f"the saved masks are damaged: {entry!r}")
@@ -202,32 +151,20 @@ def load(path: str | os.PathLike[str], fresh_model: nn.Module) -> nn.Module:
                 )
                 expected[f"{prefix}parametrizations.{parameter}.0.mask"] = mask
             masks.append((modules[name], parameter, mask))
-    _check_state(expected, tensors)
+    check_state(expected, tensors)
 
     swap_modules(fresh_model, replacements)
+    for name, bias in biases.items():
+        modules[name].register_parameter("bias", bias)
     for owner, parameter, mask in masks:
         set_piece_mask(owner, parameter, mask)
     fresh_model.load_state_dict(tensors)
+    for name in channels_last:
+        use_format_(fresh_model.get_submodule(name), torch.channels_last)
     return fresh_model
 
 
-def _overlaps(tensor: Tensor) -> bool:
-    """Whether a tensor has elements that share memory, as an expanded one has: it cannot be written to."""
-    return any(stride == 0 and size > 1 for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
-
-
-def _check_state(expected: dict[str, Tensor], tensors: dict[str, Tensor]) -> None:
-    missing, unexpected = sorted(expected.keys() - tensors), sorted(tensors.keys() - expected)
-    if missing or unexpected:
-        raise ValueError(
-            f"the file does not fit `fresh_model`: missing {missing[:5]}, unexpected {unexpected[:5]}"
-        )
-    for name, tensor in expected.items():
-        saved = tensors[name]
-        if _overlaps(tensor):
-            raise ValueError(f"`fresh_model` cannot be loaded into: '{name}' is an expanded tensor; clone it")
-        if saved.shape != tensor.shape or saved.dtype != tensor.dtype:
-            raise ValueError(
-                f"the file does not fit `fresh_model`: '{name}' must be {tensor.dtype} of shape "
-                f"{list(tensor.shape)}, got {saved.dtype} of shape {list(saved.shape)}"
-            )
+def _empty_bias(layer: nn.Module) -> nn.Parameter:
+    """A bias for a layer that has none, to load the one of a folded batch norm into."""
+    weight = weight_of(layer)
+    return nn.Parameter(weight.detach().new_empty(weight.shape[0]), next(layer.parameters()).requires_grad)

@@ -8,6 +8,9 @@ from collections.abc import Callable, Sequence
 
 import torch
 
+# Fewer values make no median that a single disturbance leaves alone.
+_FEWEST_REPEATS = 5
+
 
 def interleaved_medians(
     functions: Sequence[Callable[[], object]],
@@ -16,11 +19,13 @@ def interleaved_medians(
     warmup: int = 2,
     device: torch.device | None = None,
     minimum_seconds: float = 0.0,
+    maximum_seconds: float = float("inf"),
 ) -> list[float]:
     """Return the median seconds of each function, all called in turn in every repeat.
 
     Functions of microseconds are called in a loop until a repeat lasts ``minimum_seconds``, so that the
-    clock's grain does not count. On a CUDA device each repeat ends with a synchronisation.
+    clock's grain does not count. After ``maximum_seconds`` no more repeats are made than it takes for five.
+    On a CUDA device each repeat ends with a synchronisation.
 
     Example:
         >>> dense_s, sparse_s = interleaved_medians([lambda: dense(x), lambda: sparse(x)])
@@ -43,10 +48,14 @@ def interleaved_medians(
         for _ in range(warmup):
             function()
         synchronize()
-        once = seconds(function, 1)
+        # What is not repeated within a repeat need not be measured before it.
+        once = seconds(function, 1) if minimum_seconds else 1.0
         calls.append(max(1, int(minimum_seconds / max(once, 1e-7))))
     times: list[list[float]] = [[] for _ in functions]
-    for _ in range(repeats):
+    start = time.perf_counter()
+    for repeat in range(repeats):
+        if repeat >= _FEWEST_REPEATS and time.perf_counter() - start > maximum_seconds:
+            break
         for index, function in enumerate(functions):
             times[index].append(seconds(function, calls[index]))
     return [statistics.median(values) for values in times]

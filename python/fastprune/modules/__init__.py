@@ -1,7 +1,19 @@
 """Drop-in modules whose sparsity is speed, and the conversion of models to them."""
 
+from .base import BlockSparseLayer
 from .choice import clear_layer_seconds, explain
-from .convert import leave_dense_, sparsify_, swap_modules
+from .conv import BlockSparseConv2d
+from .convert import leave_dense_, sparsify_
 from .linear import BlockSparseLinear
+from .swapping import swap_modules
 
-__all__ = ["BlockSparseLinear", "clear_layer_seconds", "explain", "leave_dense_", "sparsify_", "swap_modules"]
+__all__ = [
+    "BlockSparseConv2d",
+    "BlockSparseLayer",
+    "BlockSparseLinear",
+    "clear_layer_seconds",
+    "explain",
+    "leave_dense_",
+    "sparsify_",
+    "swap_modules",
+]
