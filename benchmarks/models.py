@@ -33,13 +33,24 @@ class BasicBlock(nn.Module):
 
 
 class ResNet18(nn.Module):
-    """ResNet-18 for images of 32x32: a 3x3 stem of stride 1, and no pool after it."""
+    """ResNet-18, He et al. 2016, table 1.
 
-    def __init__(self, classes: int = 10) -> None:
+    Args:
+        classes: of the last layer.
+        small_images: for images of 32x32: a 3x3 stem of stride 1, and no pool after it.
+
+    """
+
+    def __init__(self, classes: int = 10, small_images: bool = True) -> None:
         super().__init__()
+        size, stride = (3, 1) if small_images else (7, 2)
         self.stem = nn.Sequential(
-            nn.Conv2d(3, 64, 3, padding=1, bias=False), nn.BatchNorm2d(64), nn.ReLU(inplace=True)
+            nn.Conv2d(3, 64, size, stride, padding=size // 2, bias=False),
+            nn.BatchNorm2d(64),
+            nn.ReLU(inplace=True),
         )
+        if not small_images:
+            self.stem.append(nn.MaxPool2d(3, 2, padding=1))
         blocks: list[nn.Module] = []
         channels = 64
         for stage, width in enumerate((64, 128, 256, 512)):
@@ -50,8 +61,22 @@ class ResNet18(nn.Module):
         self.head = nn.Linear(512, classes)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return the logits of ``[N, 3, 32, 32]`` images."""
+        """Return the logits of ``[N, 3, height, width]`` images."""
         return self.head(F.adaptive_avg_pool2d(self.blocks(self.stem(x)), 1).flatten(1))
+
+
+class VGG16(nn.Sequential):
+    """The convolutions of VGG-16 (Simonyan and Zisserman 2015, table 1, D), and one Linear after a mean."""
+
+    def __init__(self, classes: int = 10) -> None:
+        layers: list[nn.Module] = []
+        channels = 3
+        for width, depth in ((64, 2), (128, 2), (256, 3), (512, 3), (512, 3)):
+            for _ in range(depth):
+                layers += [nn.Conv2d(channels, width, 3, padding=1), nn.ReLU(inplace=True)]
+                channels = width
+            layers.append(nn.MaxPool2d(2))
+        super().__init__(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(channels, classes))
 
 
 class SentenceClassifier(nn.Module):

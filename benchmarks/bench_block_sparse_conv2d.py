@@ -1,0 +1,220 @@
+"""block_sparse_conv2d against torch's dense convolution, each in the faster memory format for it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import fastprune as fp
+from fastprune import ops
+from fastprune.timing import interleaved_medians
+from harness import THREADS, measure, threads
+from layers import assert_close, name_of
+
+FORMATS = (torch.contiguous_format, torch.channels_last)
+
+
+class Layer(NamedTuple):
+    """A square convolution of square images."""
+
+    size: int
+    in_channels: int
+    out_channels: int
+    kernel_size: int = 3
+    stride: int = 1
+
+    def __str__(self) -> str:
+        kernel = f"{self.kernel_size}x{self.kernel_size}" + (f"/{self.stride}" if self.stride > 1 else "")
+        return f"{kernel} {self.in_channels}-{self.out_channels} of {self.size}x{self.size}"
+
+
+# ResNet-18 (He et al. 2016, table 1) for images of 224x224 and of 32x32, and what VGG-16 adds.
+RESNET = tuple(
+    Layer(size, channels, channels) for size, channels in ((56, 64), (28, 128), (14, 256), (7, 512))
+)
+RESNET_32 = tuple(
+    Layer(size, channels, channels) for size, channels in ((32, 64), (16, 128), (8, 256), (4, 512))
+)
+VGG = tuple(
+    Layer(size, channels, channels) for size, channels in ((112, 128), (56, 256), (28, 512), (14, 512))
+)
+STRIDED = tuple(
+    Layer(size, channels, 2 * channels, 3, 2)
+    for size, channels in ((56, 64), (28, 128), (14, 256), (32, 64), (16, 128), (8, 256))
+)
+# Expansions and projections of EfficientNet-Lite0 (Tan and Le 2019, table 1).
+POINTWISE = tuple(
+    Layer(size, inputs, outputs, 1)
+    for size, inputs, outputs in (
+        (56, 96, 24), (56, 24, 144), (28, 144, 40), (28, 40, 240), (14, 480, 112), (14, 112, 672),
+        (7, 672, 192), (7, 192, 1152), (7, 320, 1280),
+    )
+)  # fmt: skip
+KINDS = {
+    **dict.fromkeys(RESNET + RESNET_32 + VGG, "convolution 3x3"),
+    **dict.fromkeys(STRIDED, "convolution 3x3, stride 2"),
+    **dict.fromkeys(POINTWISE, "convolution 1x1"),
+}
+
+
+def make_convolution(layer: Layer, blocksize: tuple[int, int], sparsity: float) -> fp.BlockSparseConv2d:
+    """Return a layer with blocks kept at random."""
+    torch.manual_seed(0)
+    conv = nn.Conv2d(
+        layer.in_channels, layer.out_channels, layer.kernel_size, layer.stride, layer.kernel_size // 2
+    )
+    order = torch.rand(fp.Block(*blocksize).shape(conv.weight.shape)).flatten().argsort()
+    mask = torch.ones(len(order), dtype=torch.bool)
+    mask[order[: round(sparsity * len(order))]] = False
+    grid = fp.Block(*blocksize).shape(conv.weight.shape)
+    return fp.BlockSparseConv2d.from_dense(conv, blocksize, mask.view(grid))
+
+
+def faster(candidates: list[Callable[[], Any]]) -> Callable[[], Any]:
+    """Return the fastest of some functions."""
+    seconds = interleaved_medians(candidates, repeats=5, warmup=1, minimum_seconds=5e-3)
+    return candidates[seconds.index(min(seconds))]
+
+
+def weights_density(sparse: fp.BlockSparseConv2d, layer: Layer) -> float:
+    """Kept share of the multiplications, padded kept blocks counted."""
+    weights = layer.out_channels * layer.in_channels * layer.kernel_size**2
+    return sparse.packed_values.numel() / weights
+
+
+@pytest.mark.parametrize("thread_count", THREADS)
+@pytest.mark.parametrize("sparsity", [0.75, 0.9])
+@pytest.mark.parametrize("blocksize", [(16, 16), (8, 8)], ids=name_of)
+@pytest.mark.parametrize("images", [1, 8, 32])
+@pytest.mark.parametrize("layer", KINDS, ids=str)
+@torch.no_grad()
+def bench_convolution(
+    benchmark, layer: Layer, images: int, blocksize: tuple[int, int], sparsity: float, thread_count: int
+) -> None:
+    sparse = make_convolution(layer, blocksize, sparsity)
+    input = torch.randn(images, layer.in_channels, layer.size, layer.size)
+    sides: list[list[Callable[[], Tensor]]] = [[], []]
+    for memory_format in FORMATS:
+        x, dense = input.to(memory_format=memory_format), sparse.to_dense().to(memory_format=memory_format)
+        sides[0].append(lambda x=x: sparse(x))
+        sides[1].append(lambda x=x, dense=dense: dense(x))
+    with threads(thread_count):
+        ours, theirs = faster(sides[0]), faster(sides[1])
+        measure(
+            benchmark,
+            ours,
+            theirs,
+            check=assert_close,
+            group=f"convolution {layer}, N = {images}, {thread_count} threads",
+            flops=2.0 * sparse.packed_values.numel() * images * (-(-layer.size // layer.stride)) ** 2,
+            kind=KINDS[layer],
+            blocksize=name_of(blocksize),
+            sparsity=sparsity,
+            density=weights_density(sparse, layer),
+        )
+
+
+@pytest.mark.parametrize("thread_count", THREADS)
+@pytest.mark.parametrize("blocksize", [(16, 16), (8, 8)], ids=name_of)
+@pytest.mark.parametrize("layer", RESNET + RESNET_32, ids=str)
+@torch.no_grad()
+def bench_convolution_backward(
+    benchmark, layer: Layer, blocksize: tuple[int, int], thread_count: int
+) -> None:
+    """Input gradient and weight gradient together, at 8 images and 75 % sparsity."""
+    images, sparsity = 8, 0.75
+    sparse = make_convolution(layer, blocksize, sparsity)
+    weight = sparse.weight.clone()
+    size, side = (images, layer.in_channels, layer.size, layer.size), layer.kernel_size // 2
+    input, grad_output = torch.randn(size), torch.randn(images, layer.out_channels, layer.size, layer.size)
+    structure = (sparse.crow_indices, sparse.col_indices)
+    geometry: dict[str, Any] = {"kernel_size": sparse.kernel_size, "padding": (side,) * 4}
+
+    def gradients(x: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
+        grad_input = ops.block_sparse_conv2d_input_gradient(
+            grad, sparse.packed_values, *structure, input_size=size, **geometry
+        )
+        return grad_input, ops.block_sparse_conv2d_weight_gradient(
+            grad, x, *structure, blocksize=blocksize, **geometry
+        )
+
+    def dense_gradients(x: Tensor, grad: Tensor, dense: Tensor) -> tuple[Tensor, Tensor]:
+        return torch.ops.aten.convolution_backward(
+            grad, x, dense, None, [1, 1], [side, side], [1, 1], False, [0, 0], 1, [True, True, False]
+        )[:2]
+
+    def check(found: tuple, wanted: tuple) -> None:
+        assert_close(found[0], wanted[0])
+        kept = make_convolution(layer, blocksize, sparsity)
+        kept.packed_values.copy_(found[1])
+        mask = make_convolution(layer, blocksize, sparsity)
+        mask.packed_values.fill_(1.0)
+        torch.testing.assert_close(
+            kept.weight, torch.where(mask.weight.bool(), wanted[1], 0.0), rtol=1e-3, atol=1e-2
+        )
+
+    sides: list[list[Callable[[], Any]]] = [[], []]
+    for memory_format in FORMATS:
+        x, grad, dense = (part.to(memory_format=memory_format) for part in (input, grad_output, weight))
+        sides[0].append(lambda x=x, grad=grad: gradients(x, grad))
+        sides[1].append(lambda x=x, grad=grad, dense=dense: dense_gradients(x, grad, dense))
+    with threads(thread_count):
+        measure(
+            benchmark,
+            faster(sides[0]),
+            faster(sides[1]),
+            check=check,
+            group=f"backward of convolution {layer}, N = {images}, {thread_count} threads",
+            flops=4.0 * sparse.packed_values.numel() * images * layer.size**2,
+            kind="convolution, backward",
+            blocksize=name_of(blocksize),
+            sparsity=sparsity,
+            density=weights_density(sparse, layer),
+        )
+
+
+@pytest.mark.parametrize("thread_count", THREADS)
+@pytest.mark.parametrize("layer", RESNET, ids=str)
+@torch.no_grad()
+def bench_convolution_onnxruntime(benchmark, layer: Layer, thread_count: int) -> None:
+    """ONNX Runtime's dense convolution, which takes channels-first images, at 75 % sparsity."""
+    onnxruntime = pytest.importorskip("onnxruntime", reason="onnxruntime is not installed")
+    onnx = pytest.importorskip("onnx", reason="onnx is not installed")
+    sparse = make_convolution(layer, (16, 16), 0.75)
+    input = torch.randn(8, layer.in_channels, layer.size, layer.size)
+    weight = onnx.numpy_helper.from_array(sparse.weight.contiguous().numpy(), "weight")
+    bias = onnx.numpy_helper.from_array(sparse.bias.numpy(), "bias")
+    real, side = onnx.TensorProto.FLOAT, layer.kernel_size // 2
+    shape = [8, layer.out_channels, layer.size, layer.size]
+    graph = onnx.helper.make_graph(
+        [onnx.helper.make_node("Conv", ["x", "weight", "bias"], ["y"], pads=[side] * 4)],
+        "convolution",
+        [onnx.helper.make_tensor_value_info("x", real, list(input.shape))],
+        [onnx.helper.make_tensor_value_info("y", real, shape)],
+        [weight, bias],
+    )
+    model = onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 17)], ir_version=8)
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = thread_count
+    # Its threads would go on spinning, on the cores that torch's then need.
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    session = onnxruntime.InferenceSession(
+        model.SerializeToString(), options, providers=["CPUExecutionProvider"]
+    )
+    array = input.numpy()
+    with threads(thread_count):
+        measure(
+            benchmark,
+            lambda: sparse(input),
+            lambda: session.run(None, {"x": array})[0],
+            check=lambda ours, theirs: assert_close(ours, torch.as_tensor(theirs)),
+            group=f"ONNX Runtime, convolution {layer}, N = 8, {thread_count} threads",
+            kind="convolution against ONNX Runtime",
+            blocksize="16x16",
+            sparsity=0.75,
+            density=weights_density(sparse, layer),
+        )
