@@ -26,7 +26,7 @@ ORDER = (
     "importance.sample_gradients", "importance.gradient_criteria", "importance.activation_criteria",
     "importance.criteria",
     "importance.ranking", "importance.plotting", "importance.scores_file", "importance.scores",
-    "importance.packed_linears", "importance.piece_changes", "importance.fused", "importance.masked_forwards",
+    "importance.packed_layers", "importance.piece_changes", "importance.fused", "importance.masked_forwards",
     "importance.chunks",
     "importance.loss_delta", "importance.first_forward", "importance.eval_mode", "importance.scoring",
     "importance",

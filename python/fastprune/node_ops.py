@@ -94,9 +94,36 @@ class ConvOp(NodeOp):
     dilation: Any = 1
     groups: int = 1
 
+    @property
+    def strides(self) -> tuple[int, int]:
+        """The stride as ``(height, width)``."""
+        return _pair(self.stride)
+
+    @property
+    def dilations(self) -> tuple[int, int]:
+        """The dilation as ``(height, width)``."""
+        return _pair(self.dilation)
+
+    def sides(self, kernel_size: tuple[int, int]) -> tuple[int, int, int, int]:
+        """Return the padding left, right, top and bottom, as ``F.pad`` takes them."""
+        if self.padding == "valid":
+            return (0, 0, 0, 0)
+        if self.padding == "same":
+            vertical, horizontal = (
+                step * (size - 1) for step, size in zip(self.dilations, kernel_size, strict=True)
+            )
+            left, top = horizontal // 2, vertical // 2
+            return (left, horizontal - left, top, vertical - top)
+        top, left = _pair(self.padding)
+        return (left, left, top, top)
+
     def convolve(self, images: Tensor, weight: Tensor, bias: Tensor | None, groups: int) -> Tensor:
         """Return the convolution of other channels, with its own stride, padding and dilation."""
         return F.conv2d(images, weight, bias, self.stride, self.padding, self.dilation, groups)
+
+
+def _pair(value: Any) -> tuple[int, int]:
+    return (value, value) if isinstance(value, int) else (value[0], value[-1])
 
 
 def node_op(traced: TracedModel, node: fx.Node) -> NodeOp | None:

@@ -29,7 +29,7 @@ from .calibration import weight_shape_of
 from .chunks import PROBE_SAMPLES, samples_at_once
 from .fused import fused_deltas
 from .masked_forwards import masked_forwards
-from .packed_linears import PackedLinears
+from .packed_layers import PackedLayers
 from .piece_changes import piece_changes
 
 Advance = Callable[[int], None]
@@ -103,7 +103,7 @@ class LossDeltas:
             for name in layers
             if name not in followers
         }
-        self.packed = PackedLinears(memory_budget)
+        self.packed = PackedLayers(memory_budget)
         self._sped_up: set[TracedModel] = set()
         self.samples_at_once: int | None = None
         self.num_batches = 0

@@ -171,8 +171,8 @@ def _conv_blocks(
     """Blocks of one kernel tap: a 1x1 convolution of the inputs that this tap sees."""
     out, inputs, height, width = weight.shape
     output, taps = values[node], weight_as_taps(weight)
-    padded = F.pad(values[op.input], _padding(op, (height, width)))
-    strides, dilations = _pair(op.stride), _pair(op.dilation)
+    padded = F.pad(values[op.input], op.sides((height, width)))
+    strides, dilations = op.strides, op.dilations
     nonzero = iter(_nonzero(block, weight))
     for row in range(0, out, block.rows):
         rows = slice(row, min(row + block.rows, out))
@@ -214,27 +214,3 @@ def _grouped_blocks(
             yield {node: ChannelChange(1, rows.start, rows.stop, value)}
         else:
             yield {node: op.convolve(source, masked, bias, op.groups)}
-
-
-def _pair(value: Any) -> tuple[int, int]:
-    if isinstance(value, int):
-        return value, value
-    return (value[0], value[-1])
-
-
-def _padding(op: ConvOp, kernel: tuple[int, int]) -> tuple[int, int, int, int]:
-    """Return left, right, top, bottom, as F.pad takes them."""
-    if op.padding == "valid":
-        return (0, 0, 0, 0)
-    if op.padding == "same":
-        vertical, horizontal = (
-            step * (size - 1) for step, size in zip(_pair(op.dilation), kernel, strict=True)
-        )
-        return (
-            horizontal // 2,
-            horizontal - horizontal // 2,
-            vertical // 2,
-            vertical - vertical // 2,
-        )
-    top, left = _pair(op.padding)
-    return (left, left, top, top)

@@ -11,7 +11,7 @@ import fastprune as fp
 from fastprune import ops
 from fastprune.batches import Batch
 from fastprune.graph import TracedModel
-from fastprune.importance.packed_linears import PackedLinears
+from fastprune.importance.packed_layers import PackedLayers
 from helpers import Snapshot, assert_exact, brute_force
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -95,7 +95,7 @@ def test_a_small_budget_packs_what_fits():
     sizes = [4 * model.first.weight.numel(), 4 * model.second.weight.numel(), 4 * model.third.weight.numel()]
     for count in range(4):
         traced = TracedModel.trace(model)
-        PackedLinears(10 * sum(sizes[:count]) + 40).speed_up(traced)
+        PackedLayers(10 * sum(sizes[:count]) + 40).speed_up(traced)
         assert len(traced.replacements) == count
     with torch.no_grad():
         output = traced.run(batch)[traced.output_node]
@@ -113,7 +113,7 @@ def test_weights_that_the_model_computes_are_not_packed():
 
     model = Scaled().eval()
     traced = TracedModel.trace(model)
-    PackedLinears(1 << 30).speed_up(traced)
+    PackedLayers(1 << 30).speed_up(traced)
     assert len(traced.replacements) == 1  # twice the weight is as constant as the weight
     x = torch.randn(80, 129)
     with torch.no_grad():
@@ -130,3 +130,59 @@ def test_weights_that_change_between_scores_are_packed_anew():
     scores = fp.score(model, batches, granularity=fp.Unit(group_size=64), progress=False)
     expected, loss = brute_force(model, batches, "first", fp.Unit(group_size=64))
     assert_exact(scores["first"], expected, loss)
+
+
+class ConvNet(nn.Module):
+    """Convolutions with strides, "same" padding, dilation and groups, three of them large."""
+
+    def __init__(self):
+        super().__init__()
+        self.first = nn.Conv2d(3, 33, 3, padding=1)
+        self.second, self.third = nn.Conv2d(33, 66, 3, 2, 1), nn.Conv2d(66, 65, 3, padding="same", dilation=2)
+        self.fourth, self.grouped = nn.Conv2d(65, 256, 1, bias=False), nn.Conv2d(256, 256, 3, groups=2)
+        self.head = nn.Linear(256, 5)
+
+    def forward(self, x):
+        x = torch.relu(self.third(torch.relu(self.second(torch.relu(self.first(x))))))
+        return self.head(torch.relu(self.grouped(self.fourth(x))).mean((2, 3)))
+
+
+def images(size=6):
+    return [(torch.randn(size, 3, 9, 7), torch.randint(0, 5, (size,)))]
+
+
+@pytest.mark.parametrize("granularity", [fp.Unit(group_size=16), fp.Block(32, 32)], ids=str)
+@pytest.mark.parametrize("sparsity", [0.0, 0.75])
+def test_deltas_by_packed_convolutions_are_exact(granularity, sparsity, monkeypatch):
+    torch.manual_seed(3)
+    model, batches = ConvNet(), images()
+    kernel_calls, layouts = [], []
+    kernel, dense = ops.block_sparse_conv2d, F.conv2d
+    monkeypatch.setattr(
+        ops, "block_sparse_conv2d", lambda *args, **kwargs: kernel_calls.append(1) or kernel(*args, **kwargs)
+    )
+
+    def spy(input, weight, *args):
+        layouts.append(weight.numel() > 1 and weight.is_contiguous(memory_format=torch.channels_last))
+        return dense(input, weight, *args)
+
+    monkeypatch.setattr(F, "conv2d", spy)
+    if sparsity > 0:
+        large = ("second", "third", "fourth")
+        scores = fp.score(model, None, criterion="magnitude", include=large, progress=False)
+        fp.apply_masks_(model, scores.select(sparsity=sparsity, scope="layer"))
+    layouts.clear()
+    before = Snapshot(model)
+    scores = fp.score(model, batches, granularity=granularity, include="first", progress=False)
+    before.assert_unchanged()
+    assert bool(kernel_calls) == (sparsity > 0)
+    assert any(layouts) == (sparsity == 0)
+    expected, loss = brute_force(model, batches, "first", granularity)
+    assert_exact(scores["first"], expected, loss)
+
+
+def test_small_grouped_and_double_convolutions_are_not_packed():
+    for model, large in ((ConvNet(), ["second", "third", "fourth"]), (ConvNet().double(), [])):
+        traced = TracedModel.trace(model.eval())
+        PackedLayers(1 << 30).speed_up(traced)
+        assert [node.target for node in traced.replacements] == large
