@@ -150,6 +150,8 @@ class Case:
             bound = (input.shape[1] + 2) * EPSILON * (np.abs(input) @ np.abs(weight) + np.abs(bias))
             if self.activation == "relu":
                 expected = np.where(expected < 0, 0, expected)
+            elif self.activation == "relu6":
+                expected = np.clip(expected, 0, 6)
             elif self.activation != "none":
                 # Slopes stay below 1.13; the kernels' erfc and exp add some 1e-7 of the magnitude.
                 bound = 1.13 * bound + 5e-7 * np.abs(expected)
@@ -169,6 +171,10 @@ class Case:
         arguments = self.arguments()
         output, findings = self.run(arguments, **options)
         return output, findings + self.wrong_values(arguments, output)
+
+    def faults(self, **options) -> list[str]:
+        """Return everything that is wrong with the run."""
+        return self.check(**options)[1]
 
 
 _erf = np.vectorize(math.erf)

@@ -27,6 +27,7 @@ def simulate(test_file: Path, output: Path) -> tuple[int, str, records.Report]:
         **os.environ,
         "FASTPRUNE_PTX_SWEEP": "full",
         "FASTPRUNE_PTX_REPORT": str(report),
+        "FASTPRUNE_PTX_FOLDER": str(output),
         "OMP_NUM_THREADS": "1",
     }
     command = [sys.executable, "-m", "pytest", "-q", "-rs", "-p", "no:cacheprovider", str(test_file)]

@@ -1,5 +1,6 @@
-"""The PTX of ablated_mlp_cross_entropy.cu, run in the simulator: values, races and bounds."""
+"""The PTX of ablated_mlp_cross_entropy.cu, run in the simulator: values, races, bounds, and mutants of it."""
 
+import functools
 import itertools
 import os
 from dataclasses import dataclass
@@ -21,6 +22,7 @@ from .loss_cases import (
     with_gaps,
     wrong_deltas,
 )
+from .mutants import Runs, mutants_of, unnoticed
 
 pytestmark = pytest.mark.skipif(
     harness.unavailable_reason() is not None, reason=harness.unavailable_reason() or ""
@@ -183,16 +185,104 @@ def test_samples_of_weight_zero_stay_out_whatever_they_hold(sample):
     assert left_out(sample) == []
 
 
-def with_class_at_minus_infinity(index: int, hidden: int, **options) -> list[str]:
+def with_class_at_minus_infinity(index: int, hidden: int, classes: int, **options) -> list[str]:
     """A class that the network rules out, where exponents are so large that the plain formula is taken."""
-    arguments = Case(8, 4, hidden, classes=6, scale=30.0, pieces="columns", targets="wrong").arguments()
+    case = Case(8, 4, hidden, classes=classes, scale=30.0, pieces="columns", targets="wrong")
+    arguments = case.arguments()
     arguments["logits"][:, index] = -np.inf
-    arguments["targets"][:] = (index + 1 + np.arange(8) % 5) % 6
+    arguments["targets"][:] = (index + 1 + np.arange(8) % (classes - 1)) % classes
     deltas, findings = harness_loss.ablated_mlp_cross_entropy(**arguments, **options)
     return findings + wrong_deltas(deltas, reference.ablated_mlp_cross_entropy, arguments)
 
 
+# Each place in a quad of classes; seven are an odd number for loops of which a turn takes two or four.
+RULED_OUT = [*((index, 6) for index in range(6)), (0, 7), (6, 7)]
+
+
 @pytest.mark.parametrize("hidden", [7, 34])
-@pytest.mark.parametrize("index", range(6))
-def test_a_class_at_minus_infinity_stays_out(index, hidden):
-    assert with_class_at_minus_infinity(index, hidden) == []
+@pytest.mark.parametrize(("index", "classes"), RULED_OUT)
+def test_a_class_at_minus_infinity_stays_out(index, classes, hidden):
+    assert with_class_at_minus_infinity(index, hidden, classes) == []
+
+
+# Pieces whose units stay in shared memory, and (from 33 on) those that go through it in chunks.
+MUTANT_CASES = [
+    Case(),
+    Case(samples=129, classes=9, in_features=6, sample_weight="some", row_gap=3),
+    Case(samples=130, classes=4, pieces="columns", targets="right", margin=3.0),
+    Case(samples=6, classes=7, in_features=3, pieces="rows", targets="first"),
+    Case(hidden=34, classes=17, pieces="whole"),
+    Case(hidden=51, samples=5),
+    Case(hidden=48, classes=33, in_features=3, pieces="columns"),
+    *(Case(hidden=hidden, samples=6, classes=16, in_features=3) for hidden in (56, 57)),
+    Case(hidden=36, samples=3, in_features=2, pieces="whole"),  # a last chunk of four units
+    Case(hidden=32, in_features=2, samples=3, pieces="columns"),
+    Case(hidden=33, in_features=2, samples=3, pieces="columns"),
+    *(
+        Case(samples=samples, hidden=hidden, scale=30.0, classes=classes, targets="wrong", pieces="columns")
+        for samples, classes in ((7, 5), (8, 6), (8, 7), (3, 8))
+        for hidden in (7, 34)
+    ),
+    Case(pieces="empty"),
+]
+TILES = "for (int64_t first = span * call.span; first < end; first += kWarpSamples) {"
+UNIT_QUADS = "for (int quad = begin / kQuad * kQuad; quad < end; quad += kQuad) {"
+LAST_UNIT = "if (quad + i >= begin && quad + i < end) {"
+UNITS = "for (int unit = begin; unit < end; ++unit) {"
+STEPS = "for (int step = 0; step < steps; ++step) {"
+TARGETS = "masked[s] = targets[s] >= class_begin && targets[s] < class_end;"
+CLASS_QUADS = "for (int quad = class_begin / kQuad * kQuad; quad < class_end; quad += kQuad) {"
+LAST_CLASS = "if (quad + i >= class_begin && quad + i < class_end) use(quad + i, losses[i]);"
+PANELS = "for (int first = 0; first < class_end; first += kMlpPanelClasses) {"
+PANEL_END = "const int last = min(first + kMlpPanelClasses, class_end);"
+PANEL_QUADS = "for (int quad = first; quad < last; quad += kQuad) {"
+PANEL_CLASSES = "for (int c = first; c < last; ++c) {"
+OTHER_CLASSES = "if (c >= losses.class_begin && c < losses.class_end) continue;"
+EQUIVALENT = [
+    *[(kind, TILES) for kind in ("bound + 1", "no guard")],  # no span is empty
+    *[("no guard", line) for line, count in ((UNIT_QUADS, 4), (UNITS, 3)) for _ in range(count)],
+    *[("bound + 1", line) for line in (UNIT_QUADS, UNITS, PANEL_END) for _ in range(3)],
+    *[("no guard", STEPS)] * 10,  # nor any piece without columns or units
+    *[("bound + 1", LAST_UNIT)] * 4,  # the first of a quad is before the end: the loop says so
+    *[("bound + 1", LAST_CLASS), ("no guard", LAST_CLASS)] * 2,
+    *[("bound + 1", "")] * 8,  # the loops' own checks before their first turn
+    *[("bound + 1", TARGETS)] * 8,  # every target is a class, and every class is masked
+    *[("bound + 1", OTHER_CLASSES), ("no guard", "if (value == -INFINITY) return;")] * 2,
+    *[("no guard", line) for line in (CLASS_QUADS, PANELS, PANEL_QUADS, PANEL_CLASSES) for _ in range(2)],
+    *[("no guard", "for (int c = 0; c < classes; ++c) {")] * 2,
+    ("no guard", "if (!__any_sync(kAllLanes, any)) return;"),  # votes save work alone
+    ("no guard", "if (__any_sync(kAllLanes, masked_target)) {"),
+]
+# Branches inside CUDA's own functions, for ranges of their arguments.
+CUDA_FUNCTIONS = ("log1pf(", "exp(-fabs(", "log(sum)", "expm1f(")
+
+
+def faults(case: Case, **options) -> list[str]:
+    return run(case, **options)[1]
+
+
+MUTANT_RUNS = [
+    *(functools.partial(faults, case) for case in MUTANT_CASES),
+    *(functools.partial(unlike_nan, *place) for place in OUT_OF_RANGE),
+    *(functools.partial(left_out, sample) for sample in range(4, 8)),
+    *(
+        functools.partial(with_class_at_minus_infinity, index, hidden, classes)
+        for (index, classes), hidden in itertools.product(RULED_OUT, (7, 34))
+    ),
+    *(functools.partial(faults, Case(samples=300, hidden=hidden), tiles_per_span=2) for hidden in (7, 34)),
+]
+
+
+def test_every_mutant_is_noticed():
+    mutants = [
+        mutant
+        for mutant in mutants_of("ablated_mlp_cross_entropy", "ablated_mlp_cross_entropy_relu_f32")
+        if not any(name in mutant.where for name in CUDA_FUNCTIONS)
+    ]
+    kinds = [mutant.kind for mutant in mutants]
+    assert min(kinds.count("bound + 1"), kinds.count("no guard")) > 20
+    # One in sixteen tells whether the test still notices anything.
+    chosen = mutants if FULL_SWEEP else mutants[::16]
+    runs = Runs(chosen, MUTANT_RUNS)
+    assert runs.faults == []
+    assert unnoticed(chosen, runs, EQUIVALENT) == []
