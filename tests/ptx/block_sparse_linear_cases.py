@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 from dataclasses import dataclass, fields, replace
@@ -159,22 +160,26 @@ class Case:
             relative, absolute = STORED[self.arithmetic]
             return expected, bound + relative * np.abs(expected) + absolute
 
-    def wrong_values(self, arguments: dict, output: np.ndarray) -> list[str]:
-        """Compare with float64."""
-        expected, bound = self.expected(arguments)
+    def check(self, **options) -> tuple[np.ndarray, list[str]]:
+        """Return the output, and everything that is wrong with the run, compared with float64."""
+        arguments, expected, bound = _problem(self)
+        output, findings = self.run(arguments, **options)
         plain = "float32" if self.arithmetic == "tf32" else self.arithmetic
         wrong = np.argwhere(~(np.abs(as_float64(output, plain) - expected) <= bound))
-        return [f"{len(wrong)} wrong values, the first at {wrong[0]}"] if len(wrong) else []
-
-    def check(self, **options) -> tuple[np.ndarray, list[str]]:
-        """Return the output, and everything that is wrong with the run."""
-        arguments = self.arguments()
-        output, findings = self.run(arguments, **options)
-        return output, findings + self.wrong_values(arguments, output)
+        if len(wrong):
+            findings = [*findings, f"{len(wrong)} wrong values, the first at {wrong[0]}"]
+        return output, findings
 
     def faults(self, **options) -> list[str]:
         """Return everything that is wrong with the run."""
         return self.check(**options)[1]
+
+
+# Schedules and mutants run the same problems again and again.
+@functools.lru_cache(maxsize=512)
+def _problem(case: Case) -> tuple[dict, np.ndarray, np.ndarray]:
+    arguments = case.arguments()
+    return arguments, *case.expected(arguments)
 
 
 _erf = np.vectorize(math.erf)

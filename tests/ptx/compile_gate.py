@@ -144,7 +144,7 @@ def parse(log: str, ptx: str, architecture: str) -> list[Kernel]:
 
 
 def compile_kernels(source: Path, architecture: str, output: Path) -> list[Kernel]:
-    """Compile one ``.cu`` for one architecture ("80"); leave its cubin and PTX in a folder; return its kernels.
+    """Compile a ``.cu`` for an architecture ("80"), leave cubin and PTX in a folder, and return its kernels.
 
     Raises:
         ValueError: it does not compile, or what ptxas says is not understood.

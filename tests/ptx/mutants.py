@@ -16,7 +16,7 @@ OFF_BY_ONE = {"lt": "le", "le": "lt", "gt": "ge", "ge": "gt"}
 
 @dataclass(frozen=True)
 class Mutant:
-    """A kernel's PTX with one instruction changed; called, it stands in for the PTX that a harness transforms.
+    """A kernel's PTX with one instruction changed; a harness may call it to transform its own PTX.
 
     ``kind`` is "no barrier", "no wait" (for an asynchronous copy), "bound + 1" (a comparison that takes in
     one index more or less), "no guard" (a branch or memory access that no longer depends on its predicate)
@@ -78,7 +78,8 @@ def mutants_of(op: str, kernel: str, arch: str = "compute_80") -> list[Mutant]:
             mutate("no wait", index, "")
         elif match := re.match(r"\s*setp\.(lt|le|gt|ge)\.([su]\d+)\s+%p\d+, ([^,]+), ([^,]+);", line):
             changed = line.replace(f"setp.{match[1]}", f"setp.{OFF_BY_ONE[match[1]]}")
-            mutate("bound + 1", index, changed, f"setp.eq.{match[2]} %probe, {match[3]}, {match[4]}; @%probe {{}}")
+            equal = f"setp.eq.{match[2]} %probe, {match[3]}, {match[4]};"
+            mutate("bound + 1", index, changed, f"{equal} @%probe {{}}")
         elif match := re.match(r"\s*(@!?%p\d+)\s+bra", line):
             mutate("no guard", index, "", f"{match[1]} {{}}")
         elif match := re.match(r"\s*@(!?)(%p\d+)\s+((?:ld|st|cp)\..*)", line):
@@ -87,7 +88,8 @@ def mutants_of(op: str, kernel: str, arch: str = "compute_80") -> list[Mutant]:
             # One more is no mutant: no thread has an index past its tile.
             size = int(match[3]) - 1
             changed = line.replace(f", {match[3]};", f", {size};")
-            mutate("tile - 1", index, changed, f"setp.gt.{match[1]} %probe, {match[2]}, {size}; @%probe {{}}")
+            above = f"setp.gt.{match[1]} %probe, {match[2]}, {size};"
+            mutate("tile - 1", index, changed, f"{above} @%probe {{}}")
     return found
 
 
@@ -137,19 +139,36 @@ def _probed(ptx: str, mutants: Sequence[Mutant]) -> str:
 class Runs:
     """The runs that are to notice a kernel's mutants.
 
-    A mutant goes through those runs alone in which the unbroken kernel meets what it changes, the cheapest
-    and those that noticed most before first. ``faults`` is what was wrong with the unbroken kernel.
+    A mutant goes through those runs alone in which the unbroken kernel meets what it changes: the cheapest
+    and those that noticed most before first, then those that no mutant has needed yet. ``faults`` is what
+    was wrong with the unbroken kernel so far.
     """
 
     def __init__(self, mutants: Sequence[Mutant], runs: Iterable[Run]) -> None:
-        probed = functools.cache(lambda ptx: _probed(ptx, mutants))
-        self._runs = [_Measured(run, mutants, probed) for run in runs]
-        self.faults = [fault for run in self._runs for fault in run.faults]
+        self._mutants = mutants
+        self._probed = functools.cache(lambda ptx: _probed(ptx, mutants))
+        self._measured: list[_Measured] = []
+        self._waiting = list(runs)[::-1]
+        self.faults: list[str] = []
 
     def __call__(self, mutant: Mutant) -> bool:
         """Return whether any run notices a mutant."""
-        meeting = [run for run in self._runs if mutant.index in run.changed]
-        return any(run.notices(mutant) for run in sorted(meeting, key=_Measured.cost))
+        meeting = [run for run in self._measured if mutant.index in run.changed]
+        if any(run.notices(mutant) for run in sorted(meeting, key=_Measured.cost)):
+            return True
+        while self._waiting:
+            run = _Measured(self._waiting.pop(), self._mutants, self._probed)
+            self._measured.append(run)
+            self.faults += run.faults
+            if mutant.index in run.changed and run.notices(mutant):
+                return True
+        return False
+
+
+def sample_of(mutants: Sequence[Mutant], every: int, equivalent: Iterable[tuple[str, str]]) -> list[Mutant]:
+    """Return one in ``every`` mutants, but none that may compute the same, which take all runs."""
+    known = set(equivalent)
+    return [mutant for mutant in mutants[::every] if (mutant.kind, mutant.where) not in known]
 
 
 def unnoticed(

@@ -65,11 +65,7 @@ def test_every_mutant_is_noticed():
     assert {mutant.kind for mutant in mutants} == {"no barrier", "bound + 1", "no guard"}
     runs = Runs(
         mutants,
-        [
-            functools.partial(wrong, *size, order=order)
-            for size in sizes
-            for order in ("forward", "reverse")
-        ],
+        [functools.partial(wrong, *size, order=order) for size in sizes for order in ("forward", "reverse")],
     )
-    assert runs.faults == []
     assert unnoticed(mutants, runs, EQUIVALENT) == []
+    assert runs.faults == []
