@@ -3,6 +3,7 @@
 import functools
 import json
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -202,3 +203,10 @@ def test_a_mutant_goes_only_through_runs_in_which_it_changes_anything():
 def test_a_sample_of_mutants_leaves_out_what_computes_the_same():
     made = [mutants.Mutant("no barrier", where, where, "first") for where in "abcdef"]
     assert [mutant.where for mutant in mutants.sample_of(made, 2, [("no barrier", "c")])] == ["a", "e"]
+
+
+def test_long_files_of_tests_start_first():
+    files = sorted(Path(__file__).parent.glob("test_*.py"))
+    ordered = cuda_check.longest_first(files)
+    assert sorted(ordered) == files
+    assert tuple(file.stem for file in ordered[: len(cuda_check.LONGEST_FIRST)]) == cuda_check.LONGEST_FIRST
