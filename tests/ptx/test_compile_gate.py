@@ -177,7 +177,10 @@ def test_what_was_run_is_counted() -> None:
 def test_a_mutant_goes_only_through_runs_in_which_it_changes_anything():
     lines = PTX.split("\n")
     body = lines.index("{")
-    made = [mutants.Mutant("no guard", name, name, "first", body + 1, f"@%p{name} {{}}") for name in "ab"]
+    made = [
+        mutants.Mutant("no guard", name, name, "first", body + 1 + i, f"@%p{name} {{}}")
+        for i, name in enumerate("ab")
+    ]
     calls = []
 
     def run(number, ptx_transform, max_instructions):
