@@ -183,6 +183,7 @@ MUTANT_CASES = [
             Case(samples=samples - 5, rows=32, cols=48, out_features=62, in_features=width - 1, bias=False),
             Case(samples=samples, row_gap=3, in_features=41),
             Case(samples=samples, density=0.0),
+            Case(samples=samples, out_features=60, density=1.0, activation="relu6"),
             Case(samples=samples, out_features=61, density=1.0, activation="gelu"),
             Case(samples=samples, out_features=63, density=1.0, activation="gelu_tanh"),
             Case(samples=samples, out_features=64, density=1.0, activation="silu"),

@@ -124,6 +124,10 @@ MUTANT_CASES = [
 MUTANT_CASES += [
     replace(case, input_gradient=True) for case in MUTANT_CASES if not case.bias and case.activation == "none"
 ]
+MUTANT_CASES += [
+    Case(samples=65, rows=17, cols=33, in_features=60, out_features=40, bias=bias, activation="relu6")
+    for bias in (False, True)
+]
 # Whole blocks of every part of the weights' tile, whose last one ends where the memory does.
 MUTANT_CASES += [
     Case(rows=15, cols=cols, out_features=30, in_features=3 * cols, density=1.0, bias=False)
