@@ -12,7 +12,7 @@ import numpy as np
 from . import harness
 from . import harness_block_sparse_linear as linear
 
-SCHEDULES = [("forward", 0), ("reverse", 0), ("random", 1), ("random", 2)]
+SCHEDULES = harness.SCHEDULES
 EPSILON = float(np.finfo(np.float32).eps)
 # Relative rounding of a stored result, and the smallest step of subnormal ones.
 STORED = {"float32": (0.0, 0.0), "tf32": (0.0, 0.0), "float16": (2**-11, 2**-25), "bfloat16": (2**-8, 0.0)}

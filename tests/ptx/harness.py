@@ -26,6 +26,12 @@ ACTIVATIONS = {"none": 0, "relu": 1, "gelu": 2, "gelu_tanh": 3, "silu": 4, "relu
 # Blocks interleaved and warps pre-empted at random, so that an order that happens to hold in the
 # plain schedules is broken too.
 RANDOM_SCHEDULE = {"resident": 3, "quantum": 9}
+# All combinations of edges and all mutants, some minutes (`make cuda-check`); else a sample of them.
+FULL_SWEEP = os.environ.get("FASTPRUNE_PTX_SWEEP") == "full"
+# Orders of blocks and warps, with the seed of random ones.
+SCHEDULES = [("forward", 0), ("random", 1)]
+if FULL_SWEEP:
+    SCHEDULES += [("reverse", 0), ("random", 2)]
 
 
 def _nvcc() -> str | None:

@@ -2,7 +2,6 @@
 
 import functools
 import itertools
-import os
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,7 +14,7 @@ from .mutants import Runs, mutants_of, sample_of, unnoticed
 pytestmark = pytest.mark.skipif(
     harness.unavailable_reason() is not None, reason=harness.unavailable_reason() or ""
 )
-FULL_SWEEP = os.environ.get("FASTPRUNE_PTX_SWEEP") == "full"
+FULL_SWEEP = harness.FULL_SWEEP
 EPSILON = float(np.finfo(np.float32).eps)
 
 
@@ -96,6 +95,7 @@ def test_clean_and_right_on_every_schedule(case):
     assert len(set(outputs)) == 1, "the bits depend on the schedule"
 
 
+@pytest.mark.skipif(not FULL_SWEEP, reason="FASTPRUNE_PTX_SWEEP=full runs it")
 def test_hopper_ptx_is_clean_too():
     assert run(Case(samples=65, out_features=68, in_features=33), arch="compute_90")[1] == []
 

@@ -2,7 +2,6 @@
 
 import functools
 import itertools
-import os
 from dataclasses import replace
 
 import numpy as np
@@ -16,8 +15,7 @@ from .mutants import Mutant, Runs, mutants_of, sample_of, unnoticed
 pytestmark = pytest.mark.skipif(
     harness.unavailable_reason() is not None, reason=harness.unavailable_reason() or ""
 )
-# All combinations of edges and all mutants, some minutes (`make cuda-check`); else samples of them.
-FULL_SWEEP = os.environ.get("FASTPRUNE_PTX_SWEEP") == "full"
+FULL_SWEEP = harness.FULL_SWEEP
 
 # Multiprocessors that make the plan take tiles of 128 x 128, or of 64 x 64.
 LARGE, SMALL = 1, 10**6
@@ -108,6 +106,7 @@ def test_every_kernel_is_met(input_gradient):
         assert {case.kernel() for case in cases} == {f"{name}_{type}_{tile}" for tile in tiles}
 
 
+@pytest.mark.skipif(not FULL_SWEEP, reason="FASTPRUNE_PTX_SWEEP=full runs it")
 @pytest.mark.parametrize("input_gradient", [False, True])
 @pytest.mark.parametrize("arithmetic", ARITHMETICS)
 def test_hopper_ptx_is_clean_too(arithmetic, input_gradient):

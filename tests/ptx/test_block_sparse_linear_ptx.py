@@ -2,7 +2,6 @@
 
 import functools
 import itertools
-import os
 from dataclasses import replace
 
 import numpy as np
@@ -15,8 +14,7 @@ from .mutants import Runs, mutants_of, sample_of, unnoticed
 pytestmark = pytest.mark.skipif(
     harness.unavailable_reason() is not None, reason=harness.unavailable_reason() or ""
 )
-# All combinations of edges, some minutes (`make cuda-check`); else each edge is met alone.
-FULL_SWEEP = os.environ.get("FASTPRUNE_PTX_SWEEP") == "full"
+FULL_SWEEP = harness.FULL_SWEEP
 
 # The kernel's tile is 64 samples x 16 outputs, and its step is 32 columns.
 # One below, at and above the steps of each size: 4 warps, 8 and 16 threads, tiles of 64 samples,
@@ -70,6 +68,7 @@ def test_clean_and_right_on_every_schedule(case):
     assert len(set(outputs)) == 1, "the bits depend on the schedule"
 
 
+@pytest.mark.skipif(not FULL_SWEEP, reason="FASTPRUNE_PTX_SWEEP=full runs it")
 @pytest.mark.parametrize("case", [Case(samples=65, rows=17, cols=33), Case(density=0.0)], ids=str)
 def test_hopper_ptx_is_clean_too(case):
     assert case.check(arch="compute_90")[1] == []
