@@ -77,7 +77,7 @@ def test_matches_the_reference_over_ugly_sizes(blocksize: tuple[int, int], densi
             assert_matches(output, expected(input, weight, bias, "relu"), in_features)
 
 
-@pytest.mark.parametrize("activation", [None, "relu", "gelu", "gelu_tanh", "silu"])
+@pytest.mark.parametrize("activation", [None, "relu", "relu6", "gelu", "gelu_tanh", "silu"])
 @pytest.mark.parametrize("with_bias", [False, True])
 def test_bias_and_activation(activation: str | None, with_bias: bool) -> None:
     torch.manual_seed(1)

@@ -99,9 +99,6 @@ Tensor block_sparse_linear_cuda(const Tensor& input, const Tensor& packed_values
   check_block_sparse_linear(kOp, input, packed_values, crow_indices, col_indices, bias,
                             out_features);
   check_cuda_dtype(kOp, "input", input);
-  if (activation == Activation::kRelu6) {
-    throw_value_error(kOp, ": on CUDA `activation` must not be 'relu6'");
-  }
   const auto guard = device_guard(input);
   std::optional<Tensor> contiguous_bias;
   if (bias) contiguous_bias = as_contiguous(*bias);

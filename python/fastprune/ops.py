@@ -105,7 +105,7 @@ def block_sparse_linear(
         bias: ``[out_features]`` or None.
         out_features: rows of the weight; the last block row may reach past them.
         activation: None, "relu", "relu6", "gelu", "gelu_tanh" or "silu", fused into the store where no
-            gradient is needed (relu and, on the CPU, relu6: always). The formulas are those of
+            gradient is needed (relu and relu6: always). The formulas are those of
             ``csrc/kernels/cpu/activation.h``.
 
     Returns:
@@ -130,12 +130,11 @@ def block_sparse_linear(
     if not needs_grad(input, packed_values, bias):
         # The op with gradients costs some microseconds more for each call.
         op = _ops.block_sparse_linear_inference
-        fused = activation != "relu6" or not input.is_cuda
+        fused = True
     else:
         # Kept for the backward, what goes into a curved activation costs less than computing it anew.
         op = _ops.block_sparse_linear
         fused = activation not in reference.ACTIVATIONS or activation in CLIPPING
-        fused = fused and (activation != "relu6" or not input.is_cuda)
     name = activation if fused and activation is not None else "none"
     allow_tf32 = _allow_tf32(input)
     output = op(input, packed_values, crow_indices, col_indices, bias, out_features, name, allow_tf32)

@@ -144,21 +144,24 @@ def parse(log: str, ptx: str, architecture: str) -> list[Kernel]:
 
 
 def compile_kernels(source: Path, architecture: str, output: Path) -> list[Kernel]:
-    """Compile one ``.cu`` for one architecture ("80"), leave its cubin in a folder, and return its kernels.
+    """Compile a ``.cu`` for an architecture ("80"), leave cubin and PTX in a folder, and return its kernels.
 
     Raises:
         ValueError: it does not compile, or what ptxas says is not understood.
 
     """
     with tempfile.TemporaryDirectory() as kept:
-        command = [str(harness._nvcc()), "-std=c++17", "-O3", f"-arch=sm_{architecture}", "-Xptxas", "-v"]
+        command = [str(harness._nvcc()), "-std=c++17", "-O3", "-lineinfo", "-Xptxas", "-v"]
+        command += [f"-arch=sm_{architecture}"]
         command += ["-Xcompiler=-Wall,-Wextra", "-cubin", "--keep", "--keep-dir", kept]
         command += ["-o", str(output / f"{source.stem}.sm_{architecture}.cubin"), str(source)]
         result = subprocess.run(command, capture_output=True, text=True)
         log = result.stdout + result.stderr
         if result.returncode != 0:
             raise ValueError(f"{source.name} does not compile for sm_{architecture}:\n{log}")
-        return parse(log, (Path(kept) / f"{source.stem}.ptx").read_text(), architecture)
+        ptx = (Path(kept) / f"{source.stem}.ptx").read_text()
+        (output / f"{source.stem}.sm_{architecture}.ptx").write_text(ptx)
+        return parse(log, ptx, architecture)
 
 
 def compile_all(

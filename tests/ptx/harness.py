@@ -6,11 +6,12 @@ checkout. Kernels are launched as their launchers do: the geometry comes from ``
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib.util
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
 
@@ -20,10 +21,17 @@ from . import budgets, records
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 KERNELS = REPOSITORY / "csrc" / "kernels" / "cuda"
-ACTIVATIONS = {"none": 0, "relu": 1, "gelu": 2, "gelu_tanh": 3, "silu": 4}  # of csrc/kernels/types.h
+# Of csrc/kernels/types.h.
+ACTIVATIONS = {"none": 0, "relu": 1, "gelu": 2, "gelu_tanh": 3, "silu": 4, "relu6": 5}
 # Blocks interleaved and warps pre-empted at random, so that an order that happens to hold in the
 # plain schedules is broken too.
 RANDOM_SCHEDULE = {"resident": 3, "quantum": 9}
+# All combinations of edges and all mutants, some minutes (`make cuda-check`); else a sample of them.
+FULL_SWEEP = os.environ.get("FASTPRUNE_PTX_SWEEP") == "full"
+# Orders of blocks and warps, with the seed of random ones.
+SCHEDULES = [("forward", 0), ("random", 1)]
+if FULL_SWEEP:
+    SCHEDULES += [("reverse", 0), ("random", 2)]
 
 
 def _nvcc() -> str | None:
@@ -58,7 +66,11 @@ def _ptxsim() -> ModuleType:
 
 @functools.cache
 def ptx_of(op: str, arch: str = "compute_80") -> str:
-    """Return the PTX of an op's kernels as nvcc makes it."""
+    """Return the PTX of an op's kernels as nvcc makes it, or has made it in FASTPRUNE_PTX_FOLDER."""
+    if folder := os.environ.get("FASTPRUNE_PTX_FOLDER"):
+        made = Path(folder) / f"{op}.{arch.replace('compute', 'sm')}.ptx"
+        if made.is_file():
+            return made.read_text()
     return _ptxsim().compile(str(KERNELS / f"{op}.cu"), arch=arch, flags=["-std=c++17"], nvcc=_nvcc()).ptx
 
 
@@ -68,11 +80,19 @@ def _module(ptx: str) -> object:
 
 
 _last_stats: dict[str, int] = {}
+_instructions: list[int] = []
 
 
 def last_stats() -> dict[str, int]:
     """Return what the simulator counted in the latest launch: instructions, accesses, bank conflicts."""
     return dict(_last_stats)
+
+
+@contextlib.contextmanager
+def instructions() -> Iterator[list[int]]:
+    """Collect how many instructions the warps of each launch execute."""
+    _instructions.clear()
+    yield _instructions
 
 
 def _launch(
@@ -101,6 +121,7 @@ def _launch(
     )
     _last_stats.clear()
     _last_stats.update(result.stats)
+    _instructions.append(result.stats["warp_instr"])
     findings = [*result.errors, *result.warnings]
     if result.fatal:
         findings.append(f"[fatal] {result.fatal}")

@@ -163,9 +163,11 @@ def ablated_mlp_cross_entropy(
     pieces: np.ndarray,
     activation: str | None,
     sample_weight: np.ndarray | None = None,
+    *,
+    tiles_per_span: int | None = None,
     **options: Any,
 ) -> tuple[np.ndarray, list[str]]:
-    """Return what the kernels give that the launcher queues."""
+    """Return what the kernels give that the launcher queues; ``tiles_per_span`` as in the above."""
     from fastprune import _C
 
     code = ACTIVATIONS[activation]
@@ -179,6 +181,8 @@ def ablated_mlp_cross_entropy(
     )
     if plan["grid"][0] == 0:
         return np.zeros(len(pieces)), []
+    if tiles_per_span is not None:
+        _with_tiles_per_span(plan, tiles_per_span)
     probability, log_sum_exp, found = _prepare(softmax_panel, logits, **options)
     matrices = {
         "input": input,

@@ -110,6 +110,6 @@ def block_sparse_linear_weight_gradient(
         None if several else result, ptxsim.Out(partial_sums, "partial_sums") if several else None
     )
     findings = launch("product", product)
-    if several and not findings:
-        findings = launch("sum", arguments(result, ptxsim.In(partial_sums, "partial_sums")))
+    if several:
+        findings += launch("sum", arguments(result, ptxsim.In(partial_sums, "partial_sums")))
     return grad_values, findings, plan

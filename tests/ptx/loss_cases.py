@@ -10,7 +10,9 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-SCHEDULES = [("forward", 0), ("reverse", 0), ("random", 1), ("random", 2)]
+from . import harness
+
+SCHEDULES = harness.SCHEDULES
 
 
 def describe(case: Any) -> str:
@@ -69,8 +71,8 @@ def make_sample_weight(kind: str, samples: int, rng: np.random.Generator) -> np.
     return weight
 
 
-def wrong_deltas(deltas: np.ndarray, twin: Callable[..., torch.Tensor], arguments: dict) -> list[str]:
-    """Compare with the reference twin in float64, to a tenth of what the design allows for the deltas."""
+def wanted_deltas(twin: Callable[..., torch.Tensor], arguments: dict) -> tuple[np.ndarray, np.ndarray]:
+    """Return the reference twin's deltas in float64, and a tenth of the error that the design allows."""
     logits, sample_weight = arguments["logits"], arguments["sample_weight"]
     tensors = {
         name: torch.from_numpy(np.ascontiguousarray(value)) if isinstance(value, np.ndarray) else value
@@ -81,7 +83,11 @@ def wrong_deltas(deltas: np.ndarray, twin: Callable[..., torch.Tensor], argument
     loss = losses.sum() if sample_weight is None else (losses * sample_weight)[sample_weight != 0].sum()
     # float64's own rounding of the logits is all there is where the loss is 1e-12.
     rounding = 4e-15 * len(logits) * max(1.0, float(np.abs(logits[np.isfinite(logits)]).max(initial=0)))
-    tolerance = 1e-5 * np.abs(wanted) + 1e-7 * loss + rounding
+    return wanted, 1e-5 * np.abs(wanted) + 1e-7 * loss + rounding
+
+
+def wrong_deltas(deltas: np.ndarray, wanted: np.ndarray, tolerance: np.ndarray) -> list[str]:
+    """Compare with ``wanted_deltas``."""
     agrees = np.abs(deltas - wanted) <= tolerance
     wrong = np.flatnonzero(~np.where(np.isfinite(wanted), agrees, ~np.isfinite(deltas)))
     return [f"{len(wrong)} wrong deltas, the first {wrong[0]}: {deltas[wrong[0]]}"] if len(wrong) else []

@@ -24,11 +24,11 @@ _broken = False
 def broken_kernel() -> Iterator[None]:
     """Leave launches out of the counts: their kernel is broken on purpose."""
     global _broken
-    _broken = True
+    before, _broken = _broken, True
     try:
         yield
     finally:
-        _broken = False
+        _broken = before
 
 
 def launch(plan: dict, arguments: tuple, arch: str, findings: list[str]) -> None:

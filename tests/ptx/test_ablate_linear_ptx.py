@@ -1,7 +1,7 @@
 """The PTX of ablate_linear.cu, run in the simulator: values, races, bounds, and mutants of it."""
 
+import functools
 import itertools
-import os
 from dataclasses import dataclass
 
 import numpy as np
@@ -9,12 +9,12 @@ import pytest
 
 from . import harness, harness_loss
 from .loss_cases import SCHEDULES, describe, generator, pieces_of, with_gaps
-from .mutants import mutants_of, unnoticed
+from .mutants import Runs, mutants_of, sample_of, unnoticed
 
 pytestmark = pytest.mark.skipif(
     harness.unavailable_reason() is not None, reason=harness.unavailable_reason() or ""
 )
-FULL_SWEEP = os.environ.get("FASTPRUNE_PTX_SWEEP") == "full"
+FULL_SWEEP = harness.FULL_SWEEP
 EPSILON = float(np.finfo(np.float32).eps)
 
 
@@ -95,6 +95,7 @@ def test_clean_and_right_on_every_schedule(case):
     assert len(set(outputs)) == 1, "the bits depend on the schedule"
 
 
+@pytest.mark.skipif(not FULL_SWEEP, reason="FASTPRUNE_PTX_SWEEP=full runs it")
 def test_hopper_ptx_is_clean_too():
     assert run(Case(samples=65, out_features=68, in_features=33), arch="compute_90")[1] == []
 
@@ -173,18 +174,27 @@ EQUIVALENT = [
 ]
 
 
-def notices(ptx_transform) -> bool:
-    options = {"ptx_transform": ptx_transform, "max_instructions": 10**6}
-    return any(
-        run(case, order=order, **options)[1] for case in MUTANT_CASES for order in ("forward", "reverse")
-    ) or any(unlike_nan(piece, **options) for piece in BAD_PIECES)
+def faults(case: Case, **options) -> list[str]:
+    return run(case, **options)[1]
+
+
+MUTANT_RUNS = [
+    *(
+        functools.partial(faults, case, order=order)
+        for case in MUTANT_CASES
+        for order in ("forward", "reverse")
+    ),
+    *(functools.partial(unlike_nan, piece) for piece in BAD_PIECES),
+]
 
 
 def test_every_mutant_is_noticed():
-    assert not notices(None)
     mutants = mutants_of("ablate_linear", "ablate_linear_f32")
     kinds = [mutant.kind for mutant in mutants]
     assert kinds.count("no barrier") == 2
     assert min(kinds.count("bound + 1"), kinds.count("no guard")) > 5
-    # All take minutes; one in eight tells whether the test still notices anything.
-    assert unnoticed(mutants if FULL_SWEEP else mutants[::8], notices, EQUIVALENT) == []
+    # One in eight tells whether the test still notices anything.
+    chosen = mutants if FULL_SWEEP else sample_of(mutants, 8, EQUIVALENT)
+    runs = Runs(chosen, MUTANT_RUNS)
+    assert unnoticed(chosen, runs, EQUIVALENT) == []
+    assert runs.faults == []

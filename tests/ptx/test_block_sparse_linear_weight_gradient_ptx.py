@@ -1,7 +1,7 @@
 """The PTX of block_sparse_linear_weight_gradient.cu in the simulator: values, races, bounds, mutants."""
 
+import functools
 import itertools
-import os
 from dataclasses import dataclass, fields, replace
 
 import numpy as np
@@ -9,14 +9,13 @@ import pytest
 
 from . import harness
 from .harness_weight_gradient import OP, block_sparse_linear_weight_gradient, to_float
-from .mutants import mutants_of, unnoticed
+from .mutants import Runs, mutants_of, sample_of, unnoticed
 
 pytestmark = pytest.mark.skipif(
     harness.unavailable_reason() is not None, reason=harness.unavailable_reason() or ""
 )
-# All edges of all types and all mutants, some minutes (`make cuda-check`); else a sample of them.
-FULL_SWEEP = os.environ.get("FASTPRUNE_PTX_SWEEP") == "full"
-SCHEDULES = [("forward", 0), ("reverse", 0), ("random", 1), ("random", 2)]
+FULL_SWEEP = harness.FULL_SWEEP
+SCHEDULES = harness.SCHEDULES
 EPSILON = float(np.finfo(np.float32).eps)
 # Half a unit in the last place: of each operand as the kernel multiplies it, and of the result.
 OPERAND_ROUNDING = {"f32": 0.0, "tf32": 2.0**-11, "f16": 0.0, "bf16": 0.0}
@@ -86,22 +85,27 @@ def kept_blocks(dense: np.ndarray, arguments: dict) -> np.ndarray:
     return blocks
 
 
-def wrong_values(kind: str, arguments: dict, output: np.ndarray) -> list[str]:
-    """Compare with float64; the bound is that of a chain of float32 multiply-adds of rounded operands."""
+# Schedules and mutants run the same problems again and again.
+@functools.lru_cache(maxsize=512)
+def problem(case: Case) -> tuple[dict, np.ndarray, np.ndarray]:
+    """Return arguments, the gradient in float64, and the bound of a chain of float32 multiply-adds."""
+    arguments = case.arguments()
     grad_output, input = to_float(arguments["grad_output"]), to_float(arguments["input"])
     expected = kept_blocks(input.T @ grad_output, arguments)
     magnitude = kept_blocks(np.abs(input).T @ np.abs(grad_output), arguments)
-    relative = (len(input) + 2) * EPSILON + 2.001 * OPERAND_ROUNDING[kind]
-    bound = relative * magnitude + RESULT_ROUNDING[kind] * (1 + relative) * np.abs(expected)
-    values = to_float(output)
-    wrong = np.argwhere(~(np.abs(values - expected) <= bound) & ~(np.isnan(values) & np.isnan(expected)))
-    return [f"{len(wrong)} wrong values, the first at {wrong[0]}"] if len(wrong) else []
+    relative = (len(input) + 2) * EPSILON + 2.001 * OPERAND_ROUNDING[case.kind]
+    bound = relative * magnitude + RESULT_ROUNDING[case.kind] * (1 + relative) * np.abs(expected)
+    return arguments, expected, bound
 
 
 def run(case: Case, **options) -> tuple[np.ndarray, list[str], dict]:
-    arguments = case.arguments()
+    arguments, expected, bound = problem(case)
     output, findings, plan = block_sparse_linear_weight_gradient(**arguments, **options)
-    return output, findings + wrong_values(case.kind, arguments, output), plan
+    values = to_float(output)
+    wrong = np.argwhere(~(np.abs(values - expected) <= bound) & ~(np.isnan(values) & np.isnan(expected)))
+    if len(wrong):
+        findings = [*findings, f"{len(wrong)} wrong values, the first at {wrong[0]}"]
+    return output, findings, plan
 
 
 def with_blocks(kind: str, rows: int, cols: int, **sizes: int) -> list[Case]:
@@ -176,6 +180,7 @@ def test_clean_and_right_on_every_schedule(case):
     assert len(set(outputs)) == 1, "the bits depend on the schedule"
 
 
+@pytest.mark.skipif(not FULL_SWEEP, reason="FASTPRUNE_PTX_SWEEP=full runs it")
 @pytest.mark.parametrize("kind", ["bf16", "tf32", "f32"])
 def test_the_ptx_of_hopper_is_clean_and_right(kind):
     for case in with_blocks(kind, 16, 32):
@@ -286,31 +291,29 @@ BF16_COLUMNS = {("bound + 1", "if (column >= tile.columns) continue;"): 4}
 TF32_COLUMNS = {("bound + 1", "if (column >= tile.columns) continue;"): 6}
 
 
+def faults(case: Case, **options) -> list[str]:
+    return run(case, **options)[1]
+
+
 def every_mutant_is_noticed(kernel: str, cases: list[Case], equivalent: dict, step: str = "product") -> None:
-    for case in cases:
-        assert run(case)[1] == [], case
-
-    def notices(ptx_transform) -> bool:
-        return any(
-            run(
-                case,
-                order=order,
-                ptx_transform=ptx_transform,
-                transformed=step,
-                max_instructions=2 * 10**6,
-            )[1]
-            for order, some in (("forward", cases), ("reverse", cases[:2]))
-            for case in some
-        )
-
     mutants = mutants_of(OP, f"{OP}_{kernel}")
     assert len(mutants) > 8
+    chosen = mutants
+    if not FULL_SWEEP:
+        # The waits, the barriers, and some of each other kind.
+        chosen = [mutant for mutant in mutants if mutant.kind in ("no barrier", "no wait")]
+        chosen += [mutant for mutant in sample_of(mutants, 6, equivalent) if mutant not in chosen]
+    runs = Runs(
+        chosen,
+        [
+            functools.partial(faults, case, order=order, transformed=step)
+            for order, some in (("forward", cases), ("reverse", cases[:2]))
+            for case in some
+        ],
+    )
     known = [mutant for mutant, count in equivalent.items() for _ in range(count)]
-    # The short sample takes the waits, the barriers, and some of each other kind.
-    chosen = [
-        m for i, m in enumerate(mutants) if FULL_SWEEP or m.kind in ("no barrier", "no wait") or i % 6 == 0
-    ]
-    assert unnoticed(chosen, notices, known) == []
+    assert unnoticed(chosen, runs, known) == []
+    assert runs.faults == []
 
 
 def test_every_mutant_on_tensor_cores_is_noticed():
@@ -331,4 +334,6 @@ def test_every_mutant_of_the_sum_of_slices_is_noticed():
     block = Case(out_features=16, in_features=16, density=1.0)
     cases = [replace(block, samples=256 * slices) for slices in range(2, 11)]
     cases.append(replace(block, samples=512, rows=5, cols=3))  # not a whole number of thread blocks
-    every_mutant_is_noticed("sum_bf16", cases, {}, "sum")
+    # There are two slices or more.
+    slices = "for (int64_t s = 1; s < args.slices; ++s) sum += args.partial_sums[s * args.size + i];"
+    every_mutant_is_noticed("sum_bf16", cases, {("no guard", slices): 1}, "sum")

@@ -1,7 +1,9 @@
 """The compile gate: what it reads of ptxas, what it refuses, and how many thread blocks it says fit."""
 
+import functools
 import json
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -170,3 +172,44 @@ def test_what_was_run_is_counted() -> None:
     twice = records.merged([report, json.loads(json.dumps(report))])
     assert twice["simulated"]["first compute_80"] == {"shapes": 4, "launches": 6, "findings": 2}
     assert "first compute_80" in cuda_check.summary(twice)
+
+
+def test_a_mutant_goes_only_through_runs_in_which_it_changes_anything():
+    lines = PTX.split("\n")
+    body = lines.index("{")
+    made = [
+        mutants.Mutant("no guard", name, name, "first", body + 1 + i, f"@%p{name} {{}}")
+        for i, name in enumerate("ab")
+    ]
+    calls = []
+
+    def run(number, ptx_transform, max_instructions):
+        ptx = ptx_transform(PTX)
+        calls.append((number, ptx if ptx in "ab" else "probed", max_instructions))
+        if ptx in "ab":
+            return ["race"] if (ptx, number) == ("b", 1) else []
+        assert "@%pb mov.b32 %unused, %reached1;" in ptx
+        assert ".entry second" not in ptx
+        found = f"[uninit-register] read of uninitialised register %reached{number} at PTX line 9"
+        return [found] if number < 2 else [found.replace("2", "0"), "unbroken and wrong"]
+
+    runs = mutants.Runs(made, [functools.partial(run, number) for number in range(3)])
+    assert runs(made[1])
+    assert [name for _, name, _ in calls] == ["probed", "probed", "b"]
+    assert runs.faults == []
+    assert not runs(made[0])
+    assert [call[:2] for call in calls[3:]] == [(0, "a"), (2, "probed"), (2, "a")]
+    assert runs.faults == ["unbroken and wrong"]
+    assert calls[-1][2] < 10**6
+
+
+def test_a_sample_of_mutants_leaves_out_what_computes_the_same():
+    made = [mutants.Mutant("no barrier", where, where, "first") for where in "abcdef"]
+    assert [mutant.where for mutant in mutants.sample_of(made, 2, [("no barrier", "c")])] == ["a", "e"]
+
+
+def test_long_files_of_tests_start_first():
+    files = sorted(Path(__file__).parent.glob("test_*.py"))
+    ordered = cuda_check.longest_first(files)
+    assert sorted(ordered) == files
+    assert tuple(file.stem for file in ordered[: len(cuda_check.LONGEST_FIRST)]) == cuda_check.LONGEST_FIRST

@@ -1,6 +1,6 @@
-// Activations of a float, of the form max(x, 0) - |x| q(|x|), with q from 1/2 at 0 to 0 at
-// infinity, as on the CPU (../cpu/activation.h): nothing cancels where the result is small, and NaN
-// stays NaN.
+// Activations of a float. All but relu6 have the form max(x, 0) - |x| q(|x|), with q from 1/2 at 0
+// to 0 at infinity, as on the CPU (../cpu/activation.h): nothing cancels where the result is small,
+// and NaN stays NaN.
 #pragma once
 
 #include "../types.h"
@@ -38,7 +38,9 @@ __device__ __forceinline__ float activate(float x, Activation activation) {
   if (activation == Activation::kNone) return x;
   // Compared, not fmaxf, which would turn NaN into a number.
   const float positive = x < 0.0f ? 0.0f : x;
-  return activation == Activation::kRelu ? positive : positive - activation_tail(x, activation);
+  if (activation == Activation::kRelu) return positive;
+  if (activation == Activation::kRelu6) return positive > 6.0f ? 6.0f : positive;
+  return positive - activation_tail(x, activation);
 }
 
 }  // namespace fastprune
