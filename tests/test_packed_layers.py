@@ -141,6 +141,9 @@ class ConvNet(nn.Module):
         self.second, self.third = nn.Conv2d(33, 66, 3, 2, 1), nn.Conv2d(66, 65, 3, padding="same", dilation=2)
         self.fourth, self.grouped = nn.Conv2d(65, 256, 1, bias=False), nn.Conv2d(256, 256, 3, groups=2)
         self.head = nn.Linear(256, 5)
+        with torch.no_grad():  # enough for deltas to be measured where three quarters of the blocks are gone
+            for layer in (self.first, self.second, self.third, self.fourth, self.grouped):
+                layer.weight.mul_(3)
 
     def forward(self, x):
         x = torch.relu(self.third(torch.relu(self.second(torch.relu(self.first(x))))))
