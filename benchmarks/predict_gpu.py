@@ -42,15 +42,20 @@ def _float32_tiling(blocksize: int, samples: int, resident: int) -> Tiling:
     return Tiling(64, 16, min(32, blocksize), 128, resident, blocksize, itemsize=4)
 
 
-def _tile_tiling(samples_from: int, outputs: int, strip: int) -> Callable[[int, int, int], Tiling | None]:
-    # Of csrc/kernels/cuda/block_product.cuh: square tiles, a stage of 64 bytes of each sample and output.
+def _large_tiling(strip: int) -> Callable[[int, int, int], Tiling | None]:
+    # LargeTile of csrc/kernels/cuda/block_sparse_linear_plan.h: 64 bytes of each row in a stage.
     def tiling_of(blocksize: int, samples: int, resident: int) -> Tiling | None:
-        # The kernel with the widest strips that the block allows.
-        if samples < samples_from or (outputs == 128 and min(blocksize, 64) != strip):
+        # The kernel with the widest strips that the block allows; small tiles serve up to 128 samples.
+        if samples <= 128 or min(blocksize, 64) != strip:
             return None
-        return Tiling(outputs, outputs, 32, 128, resident, blocksize)
+        return Tiling(256, 128, 32, 256, resident, blocksize)
 
     return tiling_of
+
+
+def _small_tiling(blocksize: int, samples: int, resident: int) -> Tiling | None:
+    # SmallTile of the same.
+    return Tiling(64, 64, 32, 128, resident, blocksize) if samples > 16 else None
 
 
 def _few_samples_tiling(blocksize: int, samples: int, resident: int) -> Tiling | None:
@@ -63,10 +68,8 @@ def _few_samples_tiling(blocksize: int, samples: int, resident: int) -> Tiling |
 TILINGS: dict[str, Callable[[int, int, int], Tiling | None]] = {
     "block_sparse_linear_f32": _float32_tiling,
     "block_sparse_linear_bf16_few_samples": _few_samples_tiling,
-    "block_sparse_linear_bf16_64x64_by_16": _tile_tiling(17, 64, 16),
-    **{
-        f"block_sparse_linear_bf16_128x128_by_{strip}": _tile_tiling(17, 128, strip) for strip in (16, 32, 64)
-    },
+    "block_sparse_linear_bf16_64x64_by_16": _small_tiling,
+    **{f"block_sparse_linear_bf16_256x128_by_{strip}": _large_tiling(strip) for strip in (16, 32, 64)},
 }
 
 

@@ -34,6 +34,8 @@ class Instruction:
     @property
     def warp_bytes(self) -> int:
         """Bytes that a warp loads or stores; every lane is taken to be active."""
+        if self.operands.startswith("RZ,"):  # a load that never runs, put before some copies
+            return 0
         if self.parts[0] == "LDSM":  # LDSM.16.M88.4: that many 8 x 8 matrices of 16 bits
             return 128 * int(self.parts[-1]) if self.parts[-1] in ("2", "4") else 128
         return next((WARP_BYTES[part] for part in self.parts[1:] if part in WARP_BYTES), 128)

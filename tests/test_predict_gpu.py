@@ -111,6 +111,13 @@ def test_the_hot_loop_and_the_step_around_it(sass) -> None:
         sass.hot_loop(*sass.parse(LISTING.replace("FFMA", "FADD"))["second"])
 
 
+def test_a_load_that_never_runs_moves_nothing(sass) -> None:
+    line = "        /*0060*/                   LDSM.16.M88.4 R8, [R0] ;\n"
+    idle = "        /*0060*/              @!PT LDS RZ, [RZ] ;\n"
+    inner = sass.hot_loop(*sass.parse(LISTING.replace(line, line + idle))["first"]).inner
+    assert (inner.instructions, inner.shared_bytes) == (7, 512 + 256 + 64)
+
+
 def test_what_a_branch_may_jump_over(sass, model, gpu) -> None:
     jump = "        /*0068*/               @P3 BRA `(.L_x_6) ;\n"
     target = ".L_x_6:\n        /*0090*/                   HMMA"

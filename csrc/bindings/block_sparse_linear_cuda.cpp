@@ -30,10 +30,12 @@ struct Product {
 template <class T>
 cudaError_t launch(const BlockProductArgs<T>& args, const Product& product, cudaStream_t stream,
                    const char** kernel) {
+  const int64_t kept = product.packed_values.size(0);
   if constexpr (std::is_same_v<T, float>) {
-    return launch_block_product(args, product.allow_tf32, product.input_gradient, stream, kernel);
+    return launch_block_product(args, kept, product.allow_tf32, product.input_gradient, stream,
+                                kernel);
   } else {
-    return launch_block_product(args, product.input_gradient, stream, kernel);
+    return launch_block_product(args, kept, product.input_gradient, stream, kernel);
   }
 }
 

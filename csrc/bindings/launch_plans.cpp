@@ -35,18 +35,19 @@ LinearArithmetic parse_arithmetic(const std::string& name) {
 }
 
 py::dict plan_block_sparse_linear(int64_t samples, int64_t in_features, int64_t out_features,
-                                  int64_t rows, int64_t cols, const std::string& arithmetic,
-                                  bool input_gradient, bool aligned, int64_t multiprocessors) {
-  const BlockProductShape forward{samples, in_features, out_features, cols,
-                                  rows,    false,       aligned,      multiprocessors};
-  const BlockProductShape gradient{samples, out_features, in_features, rows,
-                                   cols,    true,         aligned,     multiprocessors};
+                                  int64_t rows, int64_t cols, int64_t kept,
+                                  const std::string& arithmetic, bool input_gradient, bool aligned,
+                                  bool aligned_input, int64_t multiprocessors) {
+  const BlockProductShape forward{samples, in_features, out_features,  cols,           rows, kept,
+                                  false,   aligned,     aligned_input, multiprocessors};
+  const BlockProductShape gradient{samples, out_features, in_features,   rows,           cols, kept,
+                                   true,    aligned,      aligned_input, multiprocessors};
   const auto plan =
       plan_block_product(input_gradient ? gradient : forward, parse_arithmetic(arithmetic));
   if (!plan) {
     throw_value_error("block_sparse_linear: no CUDA grid covers samples=", samples,
                       ", in_features=", in_features, ", out_features=", out_features,
-                      " with blocks of rows=", rows, ", cols=", cols);
+                      ", kept=", kept, " with blocks of rows=", rows, ", cols=", cols);
   }
   return as_dict(plan->launch);
 }
@@ -156,8 +157,9 @@ void define_loss_plans(py::module_& module) {
 void define_launch_plans(py::module_& module) {
   module.def("plan_block_sparse_linear_cuda", &plan_block_sparse_linear, py::kw_only(),
              py::arg("samples"), py::arg("in_features"), py::arg("out_features"), py::arg("rows"),
-             py::arg("cols"), py::arg("arithmetic") = "float32", py::arg("input_gradient") = false,
-             py::arg("aligned") = true, py::arg("multiprocessors") = 132,
+             py::arg("cols"), py::arg("kept") = 0, py::arg("arithmetic") = "float32",
+             py::arg("input_gradient") = false, py::arg("aligned") = true,
+             py::arg("aligned_input") = true, py::arg("multiprocessors") = 132,
              "Returns how the CUDA kernel is launched: kernel, grid, block, shared_bytes.");
   module.def("plan_transposed_structure_cuda", &plan_transposed, py::kw_only(),
              py::arg("block_cols"),

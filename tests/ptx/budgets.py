@@ -28,15 +28,15 @@ class Budget:
 
 # Patterns of kernel names; the first that matches counts.
 BUDGETS = {
-    # Two thread blocks of four warps share a multiprocessor whatever they use: one waits, one multiplies.
-    "block_sparse_linear_*_128x128_by_*": Budget(255, 0, 49_152),
-    "block_sparse_linear_*_64x64_by_16": Budget(128, 0, 24_576),
-    "block_sparse_linear_*_few_samples": Budget(72, 0, 49_152),
+    # One thread block of eight warps fills a multiprocessor whatever it uses.
+    "block_sparse_linear_*_256x128_by_*": Budget(224, 0, 73_728),
+    "block_sparse_linear_*_64x64_by_16*": Budget(112, 0, 40_960),
+    "block_sparse_linear_*_few_samples*": Budget(72, 0, 49_152),
     "block_sparse_linear_weight_gradient_sum_*": Budget(32, 0),
     "block_sparse_linear_weight_gradient_plain_*_16": Budget(112, 18_432),
     "block_sparse_linear_weight_gradient_plain_*_64": Budget(168, 24_576),
     "block_sparse_linear_weight_gradient_*_16*": Budget(112, 0, 36_864),
-    "block_sparse_linear_weight_gradient_*_32*": Budget(128, 0, 40_960),
+    "block_sparse_linear_weight_gradient_*_32*": Budget(112, 0, 40_960),
     "block_sparse_linear_weight_gradient_*_64*": Budget(192, 0, 49_152),
     "block_sparse_linear_weight_gradient_*_128*": Budget(255, 0, 49_152),
     # Any block, plain multiply-adds.

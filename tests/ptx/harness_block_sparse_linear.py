@@ -35,13 +35,15 @@ def plan_of(
     allow_tf32: bool,
     input_gradient: bool,
     multiprocessors: int,
-    aligned: bool = True,
+    misalign_input: int = 0,
+    misalign_weight: int = 0,
 ) -> dict:
     """Return the launch plan of the forward, or of the input gradient."""
     from fastprune import _C
 
     samples, features = input.shape
-    _, cols, rows = packed_values.shape
+    kept, cols, rows = packed_values.shape
+    row_stride = harness._rows_in_memory(input)[1] if samples > 1 else 0
     in_features, out_features = (output_features, features) if input_gradient else (features, output_features)
     return _C.plan_block_sparse_linear_cuda(
         samples=samples,
@@ -49,9 +51,11 @@ def plan_of(
         out_features=out_features,
         rows=rows,
         cols=cols,
+        kept=kept,
         arithmetic=arithmetic_of(input.dtype, allow_tf32),
         input_gradient=input_gradient,
-        aligned=aligned,
+        aligned=misalign_weight % 16 == 0,
+        aligned_input=(misalign_input | (row_stride | features) * input.itemsize) % 16 == 0,
         multiprocessors=multiprocessors,
     )
 
@@ -83,7 +87,8 @@ def _block_product(
         allow_tf32,
         input_gradient,
         multiprocessors,
-        aligned=misalign_weight % 16 == 0,
+        misalign_input,
+        misalign_weight,
     )
     if plan["grid"][0] == 0:
         return output, []
@@ -121,7 +126,7 @@ def block_sparse_linear(
 ) -> tuple[np.ndarray, list[str]]:
     """Return the output of the forward, and the findings; what it left out is NaN.
 
-    Options are ``allow_tf32``, ``multiprocessors`` (1: large tiles from 17 samples on), ``misalign_input``
+    Options are ``allow_tf32``, ``multiprocessors`` (1: large tiles from 129 samples on), ``misalign_input``
     and ``misalign_weight`` (bytes), and those of ``harness._launch``.
     """
     lists = (crow_indices, col_indices, None)

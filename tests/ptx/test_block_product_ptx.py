@@ -17,25 +17,35 @@ pytestmark = pytest.mark.skipif(
 )
 FULL_SWEEP = harness.FULL_SWEEP
 
-# Multiprocessors that make the plan take tiles of 128 x 128, or of 64 x 64.
+# Multiprocessors that make the plan take, from 129 samples on, tiles of 256 x 128, or of 64 x 64.
 LARGE, SMALL = 1, 10**6
 # One below, at and above the rows of a fragment, of a warp and of a tile, and the few samples.
-SAMPLES = [1, 2, 7, 8, 9, 15, 16, 17, 31, 32, 33, 47, 48, 49, 63, 64, 65, 95, 96, 97, 127, 128, 129]
+SAMPLES = [1, 2, 7, 8, 9, 15, 16, 17, 31, 32, 33, 47, 48, 49, 63, 64, 65, 127, 128, 129]
+LARGE_SAMPLES = [129, 143, 144, 145, 159, 160, 161, 191, 192, 193, 223, 224, 225, 255, 256, 257]
 SIDES = [16, 32, 48, 64, 80, 96, 112, 128]
 ARITHMETICS = ["float16", "bfloat16", "tf32"]
+TILES = ["few_samples", "few_samples_narrow", "64x64_by_16", "64x64_by_16_narrow"]
+TILES += [f"256x128_by_{strip}" for strip in (16, 32, 64)]
+
+
+def sized(inputs: int, outputs: int, input_gradient: bool = False, **options) -> Case:
+    """Return a call by the features that its product reads and writes; rows of 8 inputs are aligned."""
+    in_features, out_features = (outputs, inputs) if input_gradient else (inputs, outputs)
+    return Case(in_features=in_features, out_features=out_features, input_gradient=input_gradient, **options)
 
 
 def kernel_cases(**options) -> list[Case]:
     """Calls that go to each tile, with edges of every kind."""
     return [
-        Case(samples=16, rows=32, cols=48, out_features=90, in_features=151, **options),
-        Case(
-            samples=70, multiprocessors=SMALL, rows=32, cols=16, out_features=130, in_features=129, **options
+        *(sized(inputs, 91, samples=16, rows=32, cols=48, **options) for inputs in (151, 152)),
+        *(
+            sized(inputs, 131, samples=70, rows=32, cols=16, multiprocessors=SMALL, **options)
+            for inputs in (127, 136)
         ),
-        Case(samples=17, out_features=129, in_features=70, **options),
-        *with_blocks(32, 32, samples=97, density=0.4, **options),
-        *with_blocks(64, 64, samples=33, density=0.6, **options),
-        *with_blocks(128, 128, samples=17, density=0.7, **options),
+        sized(72, 129, samples=129, **options),
+        sized(88, 150, samples=161, rows=32, cols=32, density=0.4, **options),
+        sized(192, 129, samples=145, rows=64, cols=64, density=0.6, **options),
+        sized(136, 257, samples=257, rows=128, cols=128, density=0.7, **options),
     ]
 
 
@@ -46,31 +56,35 @@ EDGES = [
         for case in kernel_cases(arithmetic=arithmetic, input_gradient=input_gradient)
     ),
     *(Case(samples=samples, arithmetic="bfloat16", multiprocessors=SMALL) for samples in SAMPLES),
-    *(Case(samples=samples, arithmetic="float16", out_features=129) for samples in SAMPLES),
+    *(Case(samples=samples, arithmetic="float16", out_features=129) for samples in LARGE_SAMPLES),
     *(
-        replace(case, arithmetic="bfloat16", samples=40, input_gradient=input_gradient)
+        replace(case, arithmetic="bfloat16", samples=130, input_gradient=input_gradient)
         for side, input_gradient in itertools.product(SIDES, (False, True))
         for case in with_blocks(side, 144 - side)
     ),
     *(
         Case(arithmetic="tf32", samples=samples, activation=activation, bias=bias, out_features=200)
-        for samples in (9, 40)
+        for samples in (9, 140)
         for activation in harness.ACTIVATIONS
         for bias in (False, True)
     ),
     *(
-        Case(arithmetic="bfloat16", samples=20, in_features=features, out_features=features + 1)
-        for features in (1, 2, 3, 4, 5, 7, 8, 9, 15, 17, 31, 33)
+        Case(arithmetic="bfloat16", samples=samples, in_features=features, out_features=features + 1)
+        for samples, all_features in (
+            (20, (1, 2, 3, 4, 5, 7, 8, 9, 15, 17, 24, 31, 33, 40)),
+            (130, (8, 24, 32, 40, 56)),
+        )
+        for features in all_features
     ),
     # Rows of the input that are and are not aligned to 16 bytes.
     *(
         Case(arithmetic=arithmetic, samples=samples, row_gap=row_gap, in_features=40)
-        for arithmetic, samples, row_gap in itertools.product(("float16", "tf32"), (5, 70), (1, 2, 8))
+        for arithmetic, samples, row_gap in itertools.product(("float16", "tf32"), (5, 70, 140), (1, 2, 8))
     ),
     *(
         Case(arithmetic=arithmetic, samples=samples, density=density, input_gradient=input_gradient)
         for arithmetic, samples, density, input_gradient in itertools.product(
-            ("float16", "tf32"), (5, 40), (0.0, 1.0), (False, True)
+            ("float16", "tf32"), (5, 40, 140), (0.0, 1.0), (False, True)
         )
     ),
 ]
@@ -99,11 +113,10 @@ def test_clean_and_right_on_every_schedule(case):
 
 @pytest.mark.parametrize("input_gradient", [False, True])
 def test_every_kernel_is_met(input_gradient):
-    tiles = ("few_samples", "64x64_by_16", "128x128_by_16", "128x128_by_32", "128x128_by_64")
     name = "block_sparse_linear_input_gradient" if input_gradient else "block_sparse_linear"
     for arithmetic, type in (("float16", "f16"), ("bfloat16", "bf16"), ("tf32", "tf32")):
         cases = kernel_cases(arithmetic=arithmetic, input_gradient=input_gradient)
-        assert {case.kernel() for case in cases} == {f"{name}_{type}_{tile}" for tile in tiles}
+        assert {case.kernel() for case in cases} == {f"{name}_{type}_{tile}" for tile in TILES}
 
 
 @pytest.mark.skipif(not FULL_SWEEP, reason="FASTPRUNE_PTX_SWEEP=full runs it")
@@ -163,7 +176,7 @@ def test_nan_and_infinity_reach_the_output(samples, value):
 def test_shared_memory_is_read_without_bank_conflicts():
     for arithmetic, input_gradient in itertools.product(ARITHMETICS, (False, True)):
         case = Case(
-            samples=128, rows=64, cols=64, in_features=128, out_features=128, density=1.0,
+            samples=256, rows=64, cols=64, in_features=128, out_features=128, density=1.0,
             arithmetic=arithmetic, input_gradient=input_gradient,
         )  # fmt: skip
         for multiprocessors in (LARGE, SMALL):
@@ -173,80 +186,66 @@ def test_shared_memory_is_read_without_bank_conflicts():
 
 
 # Broken on purpose: one instantiation of each kernel template.
-MUTANT_CASES = [
-    *(
-        case
-        for samples, width in ((70, 230), (15, 700))
-        for case in (
-            Case(samples=samples, out_features=72, in_features=width, activation="relu"),
-            Case(samples=samples - 5, rows=32, cols=48, out_features=62, in_features=width - 1, bias=False),
-            Case(samples=samples, row_gap=3, in_features=41),
-            Case(samples=samples, density=0.0),
-            Case(samples=samples, out_features=60, density=1.0, activation="relu6"),
-            Case(samples=samples, out_features=61, density=1.0, activation="gelu"),
-            Case(samples=samples, out_features=63, density=1.0, activation="gelu_tanh"),
-            Case(samples=samples, out_features=64, density=1.0, activation="silu"),
-            Case(samples=samples, cols=32, rows=32, out_features=224, in_features=width + 1),
-            Case(samples=samples, rows=48, cols=48, out_features=96, in_features=96, density=0.6),
-        )
-    ),
-    # Blocks that begin in any slot of a stage, and strips that end before their neighbours.
-    *(
-        Case(samples=20, rows=16, cols=cols, out_features=64, in_features=6 * cols, density=0.4, seed=seed)
-        for cols in (16, 32, 48, 64, 80)
-        for seed in range(3)
-    ),
-    # More slots than the rings of all warps hold.
-    Case(samples=15, out_features=16, in_features=1600, density=1.0),
-    # A last chunk of every length, aligned and not, in each of the slots that code is made for.
-    *(
-        Case(samples=samples, out_features=width, in_features=width, row_gap=gap, density=1.0)
-        for samples, widths in ((17, range(1, 97)), (9, range(1, 17)), (9, range(257, 273)))
-        for width in widths
-        for gap in (-width % 16 + 1, -width % 16 + 8)
-    ),
-]
 MUTATED = [
     ("bfloat16", False, "64x64_by_16"),
     ("tf32", True, "64x64_by_16"),
+    ("bfloat16", True, "64x64_by_16_narrow"),
     ("tf32", False, "few_samples"),
     ("float16", True, "few_samples"),
+    ("float16", False, "few_samples_narrow"),
 ]
-# Mutants that compute the same, by what is done to which source line.
-EQUIVALENT = {
-    ("no guard", "const int64_t list = first_output_ / args.weight.outputs;"): "64-bit division is right too",
-    (
-        "no guard",
-        "const int64_t list = (first_output + lane % kStrips * strip_outputs) / weight.outputs;",
-    ): "64-bit division is right too",
-    (
-        "no guard",
-        "weight_offset_[0] = static_cast<int>((first_output_ + output) % args.weight.outputs);",
-    ): "64-bit division is right too",
-    (
-        "no guard",
-        "while (const uint32_t masks = queue & ((1u << kBits) - 1)) {",
-    ): "a first stage without slots multiplies nothing",
-    ("no guard", "if (mask == 0) break;"): "a slot without strips copies nothing",
-    ("no guard", "slot_ += kFewWarps;"): "64-bit division is right too",
-    ("no guard", ""): "64-bit division is right too",
-    ("bound + 1", "return max(0, min(end, kChunkElements<T>));"): "where both are equal either is right",
-    ("no guard", "if (aligned) {"): "elements one by one are right for any address",
-}
 
 
 def mutant_cases(arithmetic: str, input_gradient: bool, tile: str) -> list[Case]:
+    def call(inputs: int, outputs: int, activation: str = "none", **options) -> Case:
+        options |= {"arithmetic": arithmetic, "multiprocessors": SMALL, "input_gradient": input_gradient}
+        return sized(inputs, outputs, activation="none" if input_gradient else activation, **options)
+
+    odd = 1 if tile.endswith("narrow") else 0
+    # A last chunk of any length, aligned or not; the other kernels have whole chunks alone.
+    last = range(1 if odd else 4 if arithmetic == "tf32" else 8, 97)
+    last = last[:: last.start]
     cases = [
-        replace(
-            case,
-            arithmetic=arithmetic,
-            input_gradient=input_gradient,
-            activation="none" if input_gradient else case.activation,
-            multiprocessors=SMALL,
-        )
-        for case in MUTANT_CASES
+        *(
+            case
+            for samples, width in ((70, 232), (15, 704))
+            for case in (
+                call(width + odd, 72, samples=samples, activation="relu"),
+                call(width - 8 - odd, 62, samples=samples - 5, rows=32, cols=48, bias=False),
+                call(40 + odd, 41, samples=samples, row_gap=3 * odd),
+                call(48 + odd, 48, samples=samples, density=0.0),
+                call(48 + odd, 60, samples=samples, density=1.0, activation="relu6"),
+                call(48 + odd, 61, samples=samples, density=1.0, activation="gelu"),
+                call(48 + odd, 63, samples=samples, density=1.0, activation="gelu_tanh"),
+                call(48 + odd, 64, samples=samples, density=1.0, activation="silu"),
+                call(width + odd, 224, samples=samples, cols=32, rows=32),
+                call(96 + odd, 96, samples=samples, rows=48, cols=48, density=0.6),
+            )
+        ),
+        # Blocks that begin in any slot of a stage, and strips that end before their neighbours.
+        *(
+            call(6 * steps + odd, 64, samples=20, cols=cols, rows=rows, density=0.4, seed=seed)
+            for steps in (16, 32, 48, 64, 80)
+            for rows, cols in [(steps, 16) if input_gradient else (16, steps)]
+            for seed in range(3)
+        ),
+        # More slots than the rings of all warps hold, also of blocks whose slots do not divide eight.
+        call(1600 + odd, 16, samples=15, density=1.0),
+        call(1600 + odd, 48, samples=15, rows=48, cols=48, density=1.0),
+        # A last slot of half its columns, first and second of a stage that is filled anew.
+        *(call(width + odd, 64, samples=20, density=1.0) for width in (232, 248)),
+        *(
+            call(width, width, samples=samples, row_gap=gap, density=1.0)
+            for samples, widths in ((17, last), (9, last[:16]), (9, range(256 + last.step, 273, last.step)))
+            for width in widths
+            for gap in ((-width % 16 + 1, -width % 16 + 8) if odd else (0, 8))
+        ),
     ]
     return [case for case in cases if case.kernel().endswith(tile)]
+
+
+# Mutants that compute the same, by what is done to which source line.
+EQUIVALENT: dict[tuple[str, str], str] = {}
 
 
 def unnoticed_in(cases: list[Case], mutants: list[Mutant]) -> list[tuple[str, str]]:

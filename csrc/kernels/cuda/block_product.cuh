@@ -1,25 +1,23 @@
 // The product of ../block_product.h on the tensor cores, for blocks whose sides are multiples
 // of 16.
 //
-// One thread block of four warps computes kSamples x kOutputs; each warp a quarter of the samples
-// and all of the outputs, so that the warps have equal work whatever the pattern:
+// One thread block computes kSamples x kOutputs; each warp an equal part of the samples and all of
+// the outputs, so that the warps have equal work whatever the pattern:
 //
-//                      weights: 16 x kOutputs      The outputs are strips of kStrip, each within
-//                      one
-//                     +----+----+----+----+        list of blocks. A strip's list may be shorter
-//                     than | s0 |    | s2 |    |        that of its neighbours: the walk is over
-//                     the union
-//   inputs:           +----+----+----+----+        of their sources, a slot of 16 steps at a time.
-//   kSamples x 16     +----+----+----+----+        Each slot stages one tile of inputs, and weights
-//   +--------+        | s0 | s1 | s2 | s3 | warp 0 of those strips alone that have a block there;
-//   |        |        +----+----+----+----+        only these are multiplied.
+//                      weights: 16 x kOutputs    The outputs are strips of kStrip, each within one
+//                     +----+----+----+----+      list of blocks. A strip's list may be shorter than
+//                     | s0 |    | s2 |    |      that of its neighbours: the walk is over the union
+//   inputs:           +----+----+----+----+      of their sources, a slot of 16 steps at a time.
+//   kSamples x 16     +----+----+----+----+      Each slot stages one tile of inputs, and weights
+//   +--------+        | s0 | s1 | s2 | s3 | warp 0   of those strips alone that have a block
+//   |        |        +----+----+----+----+          there; only these are multiplied.
 //   |        |        | s0 | s1 | s2 | s3 | warp 1
 //   +--------+        +----+----+----+----+ ...
 //
-// Slots go through a ring of stages that asynchronous copies fill two stages ahead. Every output is
-// one chain of products in the order of its own list, so its bits depend neither on the tile it
-// falls in nor on its neighbours. Where the input ends within a block, inputs and weights are both
-// zeros: the padding may hold NaN.
+// Slots go through a ring of stages that asynchronous copies fill all but one stage ahead. Every
+// output is one chain of products in the order of its own list, so its bits depend neither on the
+// tile it falls in nor on its neighbours. Where the input ends within a block, inputs and weights
+// are both zeros: the padding may hold NaN.
 #pragma once
 
 #include "activation.cuh"
@@ -35,67 +33,82 @@ __device__ __forceinline__ unsigned char* shared_memory() {
   return memory;
 }
 
-// A block product of one tile; kStepsTogether: the weight's steps lie side by side, not its
-// outputs.
-template <class T, bool kStepsTogether, int kSamples, int kOutputs, int kStrip>
+// A block product of one tile. kStepsTogether: the weight's steps lie side by side, not its
+// outputs, as in the input gradient, whose entries name their blocks. kAligned: the rows of the
+// input begin, and all end, at multiples of 16 bytes.
+template <class T, class Tile, bool kStepsTogether, bool kAligned>
 class TileProduct {
  public:
-  static constexpr int kStrips = kOutputs / kStrip;
-  static constexpr int kWarpSamples = kSamples / kTileWarps;
-  static constexpr int kSlots = kTileRowBytes / (kSlotSteps * sizeof(T));  // of a stage
-  static constexpr int kInputElements = kSamples * kSlotSteps;
-  static constexpr int kSlotElements = (kSamples + kOutputs) * kSlotSteps;
-  static constexpr int kSharedBytes = kTileStages * kSlots * kSlotElements * sizeof(T);
-
   __device__ __forceinline__ explicit TileProduct(const BlockProductArgs<T>& args)
       : args_(args),
-        stages_(reinterpret_cast<T*>(shared_memory())),
+        stages_(shared_address(shared_memory())),
         thread_(static_cast<int>(threadIdx.x)),
-        output_tiles_(static_cast<uint32_t>((args.output.cols + kOutputs - 1) / kOutputs)),
         // Neighbouring thread blocks share their inputs rather than their weights: all kept weights
         // together usually fit the second-level cache, all inputs do not.
-        first_output_(int64_t{blockIdx.x % output_tiles_} * kOutputs),
-        first_sample_(int64_t{blockIdx.x / output_tiles_} * kSamples),
-        walk_(args.weight, first_output_, kStrip, thread_ % 32) {
-    const int row = thread_ / StepTile<T>::kChunks, chunk = thread_ % StepTile<T>::kChunks;
-    const int64_t sample = first_sample_ + row;
-    input_ = args.input.data + sample * args.input.row_stride + chunk * kChunkElements<T>;
-    // Rows that a thread copies are this far apart.
-    input_step_ = kRowsAtOnce * args.input.row_stride;
-    samples_ = static_cast<int>(min(args.input.rows - first_sample_, int64_t{kSamples})) - row;
-    aligned_ = ((reinterpret_cast<uintptr_t>(args.input.data) |
-                 static_cast<uintptr_t>(args.input.row_stride) * sizeof(T)) %
-                16) == 0;
+        first_output_(blockIdx.x % output_tiles() * kOutputs),
+        first_sample_(int64_t{blockIdx.x / output_tiles()} * kSamples),
+        walk_(args.weight, first_output_, Tile::kStrip, thread_ % 32),
+        block_elements_(static_cast<uint32_t>(args.weight.outputs * args.weight.steps)) {
+    const int row = thread_ / Steps::kChunks, chunk = thread_ % Steps::kChunks;
+    columns_ = static_cast<uint32_t>(args.input.cols) - chunk * kChunkElements<T>;
+    step_offset_ = Steps::offset(row, chunk);
+    const int64_t last = args.input.rows - first_sample_ - 1;
+#pragma unroll
+    for (int i = 0; i < kInputCopies; ++i) {
+      // Samples that do not exist repeat the last one, and are never stored.
+      const int64_t sample = first_sample_ + min(last, int64_t{row + i * kRowsAtOnce});
+      input_[i] = args.input.data + sample * args.input.row_stride + chunk * kChunkElements<T>;
+      // Else the compiler keeps the offset, and adds the address of the input in each slot.
+      if constexpr (kAligned) asm("" : "+l"(input_[i]));
+    }
     if constexpr (kStepsTogether) {
 #pragma unroll
       for (int i = 0; i < kWeightCopies; ++i) {
-        const int output = row + i * kRowsAtOnce;
-        const auto within = static_cast<int>((first_output_ + output) % args.weight.outputs);
         weight_offset_[i] =
-            within * static_cast<int>(args.weight.steps) + chunk * kChunkElements<T>;
+            within_block(row + i * kRowsAtOnce) * args.weight.steps + chunk * kChunkElements<T>;
       }
     } else {
-      const int output = thread_ % kOutputChunks * kChunkElements<T>;
-      weight_offset_[0] = static_cast<int>((first_output_ + output) % args.weight.outputs);
+      const int step = thread_ / Outputs::kChunks, first = thread_ % Outputs::kChunks;
+      output_offset_ = Outputs::offset(step, first);
+#pragma unroll
+      for (int i = 0; i < kWeightCopies; ++i) {
+        weight_offset_[i] = (step + i * kStepsAtOnce) * args.weight.outputs +
+                            within_block(first * kChunkElements<T>);
+      }
+    }
+    const int lane = thread_ % 32;
+#pragma unroll
+    for (int i = 0; i < kSlotProducts<T>; ++i) {
+      rows_offset_[i] = rows_offset<T>(i, lane) + thread_ / 32 * kWarpSamples * Steps::kRowBytes;
+    }
+#pragma unroll
+    for (int i = 0; i < kWeightAddresses; ++i) {
+      operand_offset_[i] =
+          kInputBytes + (kStepsTogether ? step_outputs_offset<T>(i, lane)
+                                        : outputs_offset<T, kOutputs>(16 * i, lane));
+      // Else the compiler computes it anew before each use.
+      asm("" : "+r"(operand_offset_[i]));
     }
   }
 
   __device__ __forceinline__ void run() {
-    static_assert(kTileStages == 3 && kSlots * kStrips <= 16, "the queue holds two stages");
-    constexpr int kBits = kSlots * kStrips;
-    uint32_t queue = 0;
-    // One copy of the code, which is long, rather than two.
+    static_assert((Tile::kStages - 1) * kStageBits <= 32, "the queue holds all stages but one");
+    uint32_t queue = 0, empty = stages_;
+    // One copy of the code, which is long, rather than one for each stage.
 #pragma unroll 1
-    for (int stage = 0; stage < 2; ++stage) queue |= copy_stage(stage) << stage * kBits;
-    int stage = 0, empty = 2;
-    while (const uint32_t masks = queue & ((1u << kBits) - 1)) {
-      wait_for_copies<kTileStages - 2>();
+    for (int bit = 0; bit < (Tile::kStages - 1) * kStageBits; bit += kStageBits) {
+      queue |= copy_stage(empty) << bit;
+      empty += kStageBytes;
+    }
+    uint32_t full = stages_;
+    while (const uint32_t masks = queue & ((1u << kStageBits) - 1)) {
+      wait_for_copies<Tile::kStages - 2>();
       // All see the stage, and all have left the one that is filled next.
       __syncthreads();
-      queue = queue >> kBits | copy_stage(empty) << kBits;
-      multiply(stage, masks);
-      empty = stage;
-      stage = stage + 1 == kTileStages ? 0 : stage + 1;
+      queue = queue >> kStageBits | copy_stage(empty) << (Tile::kStages - 2) * kStageBits;
+      multiply(full, masks);
+      empty = full;
+      full = full == stages_ + (Tile::kStages - 1) * kStageBytes ? stages_ : full + kStageBytes;
     }
     // All stages are used and their copies waited for; the stores write over them.
     __syncthreads();
@@ -103,104 +116,132 @@ class TileProduct {
   }
 
  private:
-  static constexpr int kRowsAtOnce = kTileThreads / StepTile<T>::kChunks;
-  static constexpr int kOutputChunks = OutputTile<T, kOutputs>::kChunks;
-  static constexpr int kWeightCopies = kOutputs / kRowsAtOnce;
-  static_assert(kOutputs % kRowsAtOnce == 0 && kSamples % kRowsAtOnce == 0);
-  static_assert(kTileThreads % kOutputChunks == 0);
+  static constexpr int kSamples = Tile::kSamples, kOutputs = Tile::kOutputs;
+  using Steps = StepTile<T>;
+  using Outputs = OutputTile<T, kOutputs>;
 
-  __device__ __forceinline__ T* slot_memory(int stage, int slot) const {
-    return stages_ + (stage * kSlots + slot) * kSlotElements;
+  static constexpr int kStrips = kOutputs / Tile::kStrip;
+  static constexpr int kWarpSamples = kSamples / Tile::kWarps;
+  static constexpr int kRowTiles = kWarpSamples / 16;
+  static constexpr int kSlots = kTileRowBytes / Steps::kRowBytes;  // of a stage
+  static constexpr int kStageBits = kSlots * kStrips;
+  static constexpr int kInputBytes = kSamples * Steps::kRowBytes;
+  static constexpr int kSlotBytes = (kSamples + kOutputs) * Steps::kRowBytes;
+  static constexpr int kStageBytes = kSlots * kSlotBytes;
+  static_assert(Tile::kStages * kStageBytes == Tile::kSharedBytes);
+
+  // Rows, or steps of an OutputTile, that all threads copy at once.
+  static constexpr int kRowsAtOnce = Tile::kThreads / Steps::kChunks;
+  static constexpr int kStepsAtOnce = Tile::kThreads / Outputs::kChunks;
+  static constexpr int kInputCopies = kSamples / kRowsAtOnce;
+  static constexpr int kWeightCopies =
+      kStepsTogether ? kOutputs / kRowsAtOnce : kSlotSteps / kStepsAtOnce;
+  static constexpr int kWeightAddresses =
+      kStepsTogether ? kSlotProducts<T> : Outputs::kSwizzled / 16;
+  static_assert(kRowsAtOnce % 8 == 0 && kStepsAtOnce % 8 == 0, "copies are swizzled alike");
+  static_assert(kInputCopies * kRowsAtOnce == kSamples && kWeightCopies > 0);
+
+  __device__ __forceinline__ uint32_t output_tiles() const {
+    return (static_cast<uint32_t>(args_.output.cols) + kOutputs - 1) / kOutputs;
+  }
+
+  __device__ __forceinline__ uint32_t within_block(int output) const {
+    return (first_output_ + output) % static_cast<uint32_t>(args_.weight.outputs);
   }
 
   // Queues the copies of the next slots, and returns their masks.
-  __device__ __forceinline__ uint32_t copy_stage(int stage) {
+  __device__ __forceinline__ uint32_t copy_stage(uint32_t stage) {
     uint32_t masks = 0;
 #pragma unroll
     for (int slot = 0; slot < kSlots; ++slot) {
       const uint32_t mask = walk_.mask();
-      if (mask == 0) break;
       masks |= mask << slot * kStrips;
-      const int64_t column = walk_.input_column();
-      const auto steps = static_cast<int>(min(args_.input.cols - column, int64_t{kSlotSteps}));
-      copy_inputs(slot_memory(stage, slot), column, steps);
-      copy_weights(slot_memory(stage, slot) + kInputElements, mask, steps);
+      const uint32_t column = walk_.input_column();
+      copy_inputs(stage + slot * kSlotBytes, mask, column);
+      copy_weights(stage + slot * kSlotBytes + kInputBytes, mask, column);
       walk_.advance();
     }
     commit_copies();
     return masks;
   }
 
-  __device__ __forceinline__ void copy_inputs(T* tile, int64_t column, int steps) const {
-    const int row = thread_ / StepTile<T>::kChunks, chunk = thread_ % StepTile<T>::kChunks;
-    const int valid = valid_in_chunk<T>(steps - chunk * kChunkElements<T>);
-    const T* source = input_ + column;
-#pragma unroll
-    for (int i = 0; i < kSamples / kRowsAtOnce; ++i) {
-      // Samples that do not exist are 0 in the tile, and never stored.
-      copy_chunk(tile + StepTile<T>::offset(row + i * kRowsAtOnce, chunk), source,
-                 i * kRowsAtOnce < samples_ ? valid : 0, aligned_);
-      source += input_step_;
-    }
+  // How many of the input's columns lie from this thread's chunk of a slot on.
+  __device__ __forceinline__ int columns_from(uint32_t column) const {
+    return static_cast<int>(columns_ - column);
   }
 
-  __device__ __forceinline__ void copy_weights(T* tile, uint32_t mask, int steps) const {
-    const int64_t block_elements = args_.weight.outputs * args_.weight.steps;
-    if constexpr (kStepsTogether) {
-      const int row = thread_ / StepTile<T>::kChunks, chunk = thread_ % StepTile<T>::kChunks;
-      const int valid = valid_in_chunk<T>(steps - chunk * kChunkElements<T>);
+  __device__ __forceinline__ void copy_inputs(uint32_t tile, uint32_t mask, uint32_t column) const {
+    const int columns = columns_from(column);
 #pragma unroll
-      for (int i = 0; i < kWeightCopies; ++i) {
-        const int output = row + i * kRowsAtOnce, strip = output / kStrip;
-        const T* block = args_.weight.values + walk_.block(strip) * block_elements;
-        if (mask >> strip & 1) {
-          copy_chunk(tile + StepTile<T>::offset(output, chunk),
-                     block + weight_offset_[i] + walk_.step(), valid, true);
-        }
-      }
-    } else {
-      const int first_step = thread_ / kOutputChunks, chunk = thread_ % kOutputChunks;
-      const int strip = chunk * kChunkElements<T> / kStrip;
-      const auto outputs = static_cast<int>(args_.weight.outputs);
-      const T* block =
-          args_.weight.values + walk_.block(strip) * block_elements + weight_offset_[0];
-      if (mask >> strip & 1) {
-#pragma unroll
-        for (int i = 0; i < kSlotSteps * kOutputChunks / kTileThreads; ++i) {
-          const int step = first_step + i * (kTileThreads / kOutputChunks);
-          copy_chunk(tile + OutputTile<T, kOutputs>::offset(step, chunk),
-                     block + (walk_.step() + step) * outputs, step < steps ? kChunkElements<T> : 0,
-                     true);
-        }
+    for (int i = 0; i < kInputCopies; ++i) {
+      const uint32_t target = tile + step_offset_ + i * kRowsAtOnce * Steps::kRowBytes;
+      if constexpr (kAligned) {
+        copy_async_where(mask != 0, target, input_[i] + column, columns > 0 ? 16 : 0);
+      } else if (mask != 0) {
+        carry_chunk(target, input_[i] + column, valid_in_chunk<T>(columns));
       }
     }
   }
 
-  __device__ __forceinline__ void multiply(int stage, uint32_t masks) {
-    const int lane = thread_ % 32, first_row = thread_ / 32 * kWarpSamples;
+  __device__ __forceinline__ void copy_weights(uint32_t tile, uint32_t mask,
+                                               uint32_t column) const {
+#pragma unroll
+    for (int i = 0; i < kWeightCopies; ++i) {
+      uint32_t target, offset = weight_offset_[i];
+      int strip, columns;
+      if constexpr (kStepsTogether) {
+        strip = (thread_ / Steps::kChunks + i * kRowsAtOnce) / Tile::kStrip;
+        target = tile + step_offset_ + i * kRowsAtOnce * Steps::kRowBytes;
+        columns = columns_from(column);
+        offset += walk_.step();
+      } else {
+        strip = thread_ % Outputs::kChunks * kChunkElements<T> / Tile::kStrip;
+        target = tile + output_offset_ + i * kStepsAtOnce * Outputs::kStepBytes;
+        columns = static_cast<int>(args_.input.cols) - static_cast<int>(column) -
+                  thread_ / Outputs::kChunks - i * kStepsAtOnce;
+        offset += walk_.step() * static_cast<uint32_t>(args_.weight.outputs);
+      }
+      offset += walk_.block(strip) * block_elements_;
+      int valid = columns > 0 ? 16 : 0;
+      if constexpr (kStepsTogether && !kAligned) valid = valid_in_chunk<T>(columns) * sizeof(T);
+      copy_async_where(mask >> strip & 1, target, args_.weight.values + offset, valid);
+    }
+  }
+
+  __device__ __forceinline__ void multiply(uint32_t stage, uint32_t masks) {
+    // Few addresses serve all loads: the others lie at constant distances from them.
+    uint32_t inputs[kSlotProducts<T>], weights[kWeightAddresses];
+#pragma unroll
+    for (int i = 0; i < kSlotProducts<T>; ++i) inputs[i] = stage + rows_offset_[i];
+#pragma unroll
+    for (int i = 0; i < kWeightAddresses; ++i) weights[i] = stage + operand_offset_[i];
 #pragma unroll
     for (int slot = 0; slot < kSlots; ++slot) {
       const uint32_t mask = masks >> slot * kStrips & ((1u << kStrips) - 1);
-      if (mask == 0) break;
-      const T* inputs = slot_memory(stage, slot);
-      const T* weights = inputs + kInputElements;
+      // The first of a stage has strips.
+      if (slot > 0 && mask == 0) break;
 #pragma unroll
       for (int product = 0; product < kSlotProducts<T>; ++product) {
         uint32_t rows[kRowTiles][4];
 #pragma unroll
         for (int i = 0; i < kRowTiles; ++i) {
-          load_rows<T>(rows[i], inputs, first_row + 16 * i, product, lane);
+          load_operand<T>(rows[i], inputs[product] + slot * kSlotBytes + 16 * i * Steps::kRowBytes);
         }
 #pragma unroll
         for (int strip = 0; strip < kStrips; ++strip) {
-          if (kStrips > 1 && (mask >> strip & 1) == 0) continue;
+          if ((mask >> strip & 1) == 0) continue;
 #pragma unroll
-          for (int output = strip * kStrip; output < (strip + 1) * kStrip; output += 16) {
+          for (int output = strip * Tile::kStrip; output < (strip + 1) * Tile::kStrip;
+               output += 16) {
             uint32_t outputs[4];
             if constexpr (kStepsTogether) {
-              load_step_outputs<T>(outputs, weights, output, product, lane);
+              load_operand<T>(outputs,
+                              weights[product] + slot * kSlotBytes + output * Steps::kRowBytes);
             } else {
-              load_outputs<T, kOutputs>(outputs, weights, output, product, lane);
+              load_outputs<T, kOutputs>(outputs,
+                                        weights[output % Outputs::kSwizzled / 16] +
+                                            slot * kSlotBytes + output / Outputs::kSwizzled * 128,
+                                        product);
             }
 #pragma unroll
             for (int i = 0; i < kRowTiles; ++i) {
@@ -213,33 +254,34 @@ class TileProduct {
     }
   }
 
-  // The sums leave through shared memory, 64 outputs of a warp's samples at a time, so that each
-  // sample is stored in whole lines, and the activation's code stands there once.
+  // The sums leave through shared memory, a line of each of a warp's samples at a time, so that
+  // whole lines are stored, and the activation's code stands there once.
   __device__ __forceinline__ void store() {
-    constexpr int kWidth = 64;
+    constexpr int kWidth = 128 / sizeof(T);
+    constexpr int kLanes = kWidth / 4;  // of a line
     constexpr bool kApart = kOddsApart<T, kStepsTogether>;
     constexpr int kRow = kWidth + (kApart ? 16 : 8);
-    static_assert(kTileWarps * kWarpSamples * kRow * sizeof(float) <= kSharedBytes);
+    static_assert(kSamples * kRow * sizeof(float) <= Tile::kSharedBytes);
     const int lane = thread_ % 32, warp = thread_ / 32;
     float* memory = reinterpret_cast<float*>(shared_memory()) + warp * kWarpSamples * kRow;
     const int samples = static_cast<int>(
         min(args_.input.rows - first_sample_ - warp * kWarpSamples, int64_t{kWarpSamples}));
 #pragma unroll
-    for (int half = 0; half < kOutputs / kWidth; ++half) {
+    for (int part = 0; part < kOutputs / kWidth; ++part) {
 #pragma unroll
       for (int i = 0; i < kRowTiles; ++i) {
 #pragma unroll
         for (int j = 0; j < kWidth / 8; j += 2) {
           const auto& sums = sums_[i];
-          const int column = half * (kWidth / 8) + j;
+          const int column = part * (kWidth / 8) + j;
           write_sums<kApart>(memory + 16 * i * kRow + 8 * j, kRow, sums[column], sums[column + 1],
                              lane);
         }
       }
       __syncwarp();
-      store_outputs(memory + lane / 16 * kRow + lane % 16 * 4,
-                    first_sample_ + warp * kWarpSamples + lane / 16, samples - lane / 16, 2, kRow,
-                    first_output_ + half * kWidth + lane % 16 * 4);
+      store_outputs(memory + lane / kLanes * kRow + lane % kLanes * 4,
+                    first_sample_ + warp * kWarpSamples + lane / kLanes, samples - lane / kLanes,
+                    32 / kLanes, kRow, int64_t{first_output_} + part * kWidth + lane % kLanes * 4);
       __syncwarp();
     }
   }
@@ -279,19 +321,19 @@ class TileProduct {
     }
   }
 
-  static constexpr int kRowTiles = kWarpSamples / 16;
-
   const BlockProductArgs<T>& args_;
-  T* stages_;
+  uint32_t stages_;
   int thread_;
-  uint32_t output_tiles_;
-  int64_t first_output_, first_sample_;
-  StripWalk<kStrips> walk_;
-  const T* input_;
-  int64_t input_step_;
-  int samples_;  // from this thread's first row on
-  bool aligned_;
-  int weight_offset_[kStepsTogether ? kWeightCopies : 1];
+  uint32_t first_output_;
+  int64_t first_sample_;
+  StripWalk<kStrips, kStepsTogether> walk_;
+  uint32_t block_elements_;
+  // Of what this thread copies: its rows at column 0, the input's columns from its chunk on, and
+  // offsets in a tile and in a block.
+  const T* input_[kInputCopies];
+  uint32_t columns_, step_offset_, output_offset_, weight_offset_[kWeightCopies];
+  // Of the operands that this lane loads, in a slot.
+  uint32_t rows_offset_[kSlotProducts<T>], operand_offset_[kWeightAddresses];
   float sums_[kRowTiles][kOutputs / 8][4] = {};
 };
 

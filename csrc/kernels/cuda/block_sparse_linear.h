@@ -9,14 +9,15 @@
 
 namespace fastprune {
 
-// Queues the product on `stream` and returns at once. `kernel` becomes the name of the kernel, for
-// errors. cudaErrorInvalidConfiguration: more thread blocks than one grid holds.
-cudaError_t launch_block_product(const BlockProductArgs<float>& args, bool allow_tf32,
+// Queues the product on `stream` and returns at once; `kept` blocks in all. `kernel` becomes the
+// name of the kernel, for errors. cudaErrorInvalidConfiguration: more thread blocks than one grid
+// holds.
+cudaError_t launch_block_product(const BlockProductArgs<float>& args, int64_t kept, bool allow_tf32,
                                  bool input_gradient, cudaStream_t stream, const char** kernel);
-cudaError_t launch_block_product(const BlockProductArgs<__half>& args, bool input_gradient,
-                                 cudaStream_t stream, const char** kernel);
-cudaError_t launch_block_product(const BlockProductArgs<__nv_bfloat16>& args, bool input_gradient,
-                                 cudaStream_t stream, const char** kernel);
+cudaError_t launch_block_product(const BlockProductArgs<__half>& args, int64_t kept,
+                                 bool input_gradient, cudaStream_t stream, const char** kernel);
+cudaError_t launch_block_product(const BlockProductArgs<__nv_bfloat16>& args, int64_t kept,
+                                 bool input_gradient, cudaStream_t stream, const char** kernel);
 
 template <class T>
 using BlockProductKernel = void (*)(BlockProductArgs<T>);

@@ -12,14 +12,17 @@ namespace fastprune {
 // allow it.
 enum class LinearArithmetic : int32_t { kF32, kTf32, kF16, kBf16 };
 
-// Outputs x samples of a thread block, and the outputs of a strip, which lies in one list of
-// blocks. kAny serves all blocks, without tensor cores (block_sparse_linear.cu).
+// Samples x outputs of a thread block, and the outputs of a strip, which lies in one list of
+// blocks. Narrow: for inputs whose rows do not begin and end at multiples of 16 bytes. kAny serves
+// all blocks, without tensor cores (block_sparse_linear.cu).
 enum class LinearTile : int32_t {
   kFewSamples,
+  kFewSamplesNarrow,
   k64x64By16,
-  k128x128By16,
-  k128x128By32,
-  k128x128By64,
+  k64x64By16Narrow,
+  k256x128By16,
+  k256x128By32,
+  k256x128By64,
   kAny
 };
 
@@ -30,8 +33,10 @@ struct BlockProductShape {
   int64_t outputs;
   int64_t block_steps;
   int64_t block_outputs;
+  int64_t kept;  // blocks
   bool input_gradient;
-  bool aligned;             // the weights begin at a multiple of 16 bytes
+  bool aligned_weights;     // they begin at a multiple of 16 bytes
+  bool aligned_inputs;      // each of their rows begins and ends at one
   int64_t multiprocessors;  // of the device
 };
 
@@ -46,10 +51,21 @@ constexpr int kLinearTileOutputs = 16;
 constexpr int kLinearThreads = 128;
 
 // block_product.cuh
-constexpr int kTileWarps = 4;
-constexpr int kTileThreads = 32 * kTileWarps;
-constexpr int kTileStages = 3;
 constexpr int kTileRowBytes = 64;  // that a stage holds of each sample and output
+
+template <int samples, int outputs, int strip, int warps, int stages>
+struct TileShape {
+  static constexpr int kSamples = samples, kOutputs = outputs, kStrip = strip, kWarps = warps;
+  static constexpr int kThreads = 32 * warps;
+  static constexpr int kStages = stages;
+  static constexpr int kSharedBytes = stages * (samples + outputs) * kTileRowBytes;
+};
+
+// Large: 256 samples share the weights that are read for them, and 128 outputs the inputs; more
+// sums do not fit the registers. Small: four of them on a multiprocessor, stages that hide latency.
+template <int strip>
+using LargeTile = TileShape<256, 128, strip, 8, 3>;
+using SmallTile = TileShape<64, 64, 16, 4, 5>;
 
 // few_samples.cuh
 constexpr int kFewSamples = 16;
@@ -57,12 +73,13 @@ constexpr int kFewOutputs = 16;
 constexpr int kFewWarps = 8;
 constexpr int kFewRingBytes = 6144;  // of each warp
 
-#define FASTPRUNE_TILE_NAMES(prefix)                                                               \
-  {prefix "_few_samples", prefix "_64x64_by_16", prefix "_128x128_by_16", prefix "_128x128_by_32", \
-   prefix "_128x128_by_64"}
+#define FASTPRUNE_TILE_NAMES(prefix)                                                    \
+  {prefix "_few_samples",        prefix "_few_samples_narrow", prefix "_64x64_by_16",   \
+   prefix "_64x64_by_16_narrow", prefix "_256x128_by_16",      prefix "_256x128_by_32", \
+   prefix "_256x128_by_64"}
 
 // By arithmetic (from kTf32 on), direction and tile.
-constexpr const char* kTileKernels[3][2][5] = {
+constexpr const char* kTileKernels[3][2][7] = {
     {FASTPRUNE_TILE_NAMES("block_sparse_linear_tf32"),
      FASTPRUNE_TILE_NAMES("block_sparse_linear_input_gradient_tf32")},
     {FASTPRUNE_TILE_NAMES("block_sparse_linear_f16"),
@@ -98,17 +115,28 @@ inline std::optional<BlockProductPlan> plan_any_block_product(const BlockProduct
       LinearTile::kAny};
 }
 
+// Whether the tensor-core kernels take the blocks, and offsets of 32 bits reach all weights and all
+// columns of the inputs.
+inline bool tensor_cores_serve(const BlockProductShape& shape) {
+  constexpr int64_t kMaxFeatures = 2147483647 - 256;
+  constexpr int64_t kMaxWeights = 4294967296;
+  return shape.aligned_weights && shape.block_outputs % 16 == 0 && shape.block_steps % 16 == 0 &&
+         shape.block_outputs <= 128 && shape.block_steps <= 128 && shape.inputs <= kMaxFeatures &&
+         shape.outputs <= kMaxFeatures &&
+         shape.kept <= kMaxWeights / (shape.block_outputs * shape.block_steps);
+}
+
 // Nothing where a size is out of range, or where there would be more thread blocks than a grid
 // can hold. A grid of 0 thread blocks means an empty output, and must not be launched.
 inline std::optional<BlockProductPlan> plan_block_product(const BlockProductShape& shape,
                                                           LinearArithmetic arithmetic) {
   constexpr int64_t kMaxBlock = 2147483647;  // the kernels count within a block in int
-  if (shape.samples < 0 || shape.inputs < 0 || shape.outputs < 0 || shape.block_outputs < 1 ||
-      shape.block_outputs > kMaxBlock || shape.block_steps < 1 || shape.block_steps > kMaxBlock) {
+  if (shape.samples < 0 || shape.inputs < 0 || shape.outputs < 0 || shape.kept < 0 ||
+      shape.block_outputs < 1 || shape.block_outputs > kMaxBlock || shape.block_steps < 1 ||
+      shape.block_steps > kMaxBlock) {
     return std::nullopt;
   }
-  if (arithmetic == LinearArithmetic::kF32 || !shape.aligned || shape.block_outputs % 16 != 0 ||
-      shape.block_steps % 16 != 0 || shape.block_outputs > 128 || shape.block_steps > 128) {
+  if (arithmetic == LinearArithmetic::kF32 || !tensor_cores_serve(shape)) {
     return plan_any_block_product(shape, arithmetic);
   }
   const auto plan = [&](LinearTile tile, std::optional<uint32_t> grid, int threads,
@@ -122,23 +150,30 @@ inline std::optional<BlockProductPlan> plan_block_product(const BlockProductShap
                              static_cast<uint32_t>(shared_bytes)},
                             tile};
   };
-  // Strips end where lists do: up to 7 of them may lie past the last output.
-  const int64_t strips = tiles_of(shape.outputs, 16);
   if (shape.samples <= kFewSamples) {
-    return plan(LinearTile::kFewSamples, thread_blocks(shape.samples > 0, strips), 32 * kFewWarps,
-                kFewWarps * kFewRingBytes);
+    return plan(shape.aligned_inputs ? LinearTile::kFewSamples : LinearTile::kFewSamplesNarrow,
+                thread_blocks(shape.samples > 0, tiles_of(shape.outputs, kFewOutputs)),
+                32 * kFewWarps, kFewWarps * kFewRingBytes);
   }
-  const auto large = thread_blocks(tiles_of(shape.samples, 128), tiles_of(shape.outputs, 128));
-  // Tiles of 64 x 64, of the same bits, where there would be less than one for each multiprocessor.
-  if (!large || *large >= shape.multiprocessors) {
-    const LinearTile tile = shape.block_outputs % 64 == 0   ? LinearTile::k128x128By64
-                            : shape.block_outputs % 32 == 0 ? LinearTile::k128x128By32
-                                                            : LinearTile::k128x128By16;
-    return plan(tile, large, kTileThreads, kTileStages * 256 * kTileRowBytes);
+  using Large = LargeTile<16>;
+  constexpr int kHalf = Large::kSamples / 2;
+  const int64_t output_tiles = tiles_of(shape.outputs, Large::kOutputs);
+  // Small tiles, of the same bits, where large ones would leave half of the multiprocessors idle or
+  // hold samples that do not exist instead; and for narrow inputs, which are slow for another
+  // reason.
+  if (shape.aligned_inputs && shape.samples > kHalf &&
+      shape.samples / kHalf >=
+          tiles_of(shape.multiprocessors, std::max<int64_t>(output_tiles, 1))) {
+    const LinearTile tile = shape.block_outputs % 64 == 0   ? LinearTile::k256x128By64
+                            : shape.block_outputs % 32 == 0 ? LinearTile::k256x128By32
+                                                            : LinearTile::k256x128By16;
+    return plan(tile, thread_blocks(tiles_of(shape.samples, Large::kSamples), output_tiles),
+                Large::kThreads, Large::kSharedBytes);
   }
-  return plan(LinearTile::k64x64By16,
-              thread_blocks(tiles_of(shape.samples, 64), tiles_of(shape.outputs, 64)), kTileThreads,
-              kTileStages * 128 * kTileRowBytes);
+  return plan(shape.aligned_inputs ? LinearTile::k64x64By16 : LinearTile::k64x64By16Narrow,
+              thread_blocks(tiles_of(shape.samples, SmallTile::kSamples),
+                            tiles_of(shape.outputs, SmallTile::kOutputs)),
+              SmallTile::kThreads, SmallTile::kSharedBytes);
 }
 
 }  // namespace fastprune

@@ -12,7 +12,7 @@
 
 namespace fastprune {
 
-template <class T, bool kStepsTogether>
+template <class T, bool kStepsTogether, bool kAligned>
 class FewSamplesProduct {
  public:
   static constexpr int kThreads = 32 * kFewWarps;
@@ -21,32 +21,49 @@ class FewSamplesProduct {
       : args_(args),
         lane_(static_cast<int>(threadIdx.x) % 32),
         warp_(static_cast<int>(threadIdx.x) / 32),
-        ring_(reinterpret_cast<T*>(shared_memory() + warp_ * kFewRingBytes)),
-        first_output_(int64_t{blockIdx.x} * kFewOutputs),
-        slots_per_block_(static_cast<int>(args.weight.steps) / kSlotSteps),
-        slot_(warp_) {
-    const int64_t list = first_output_ / args.weight.outputs;
-    output_in_block_ = static_cast<int>(first_output_ % args.weight.outputs);
-    first_entry_ = args.weight.offsets[list];
-    slots_ = int64_t{args.weight.offsets[list + 1] - first_entry_} * slots_per_block_;
-    aligned_ = ((reinterpret_cast<uintptr_t>(args.input.data) |
-                 static_cast<uintptr_t>(args.input.row_stride) * sizeof(T)) %
-                16) == 0;
+        ring_(shared_address(shared_memory()) + warp_ * kFewRingBytes),
+        first_output_(blockIdx.x * kFewOutputs),
+        block_slots_(static_cast<int>(args.weight.steps) / kSlotSteps),
+        block_elements_(static_cast<uint32_t>(args.weight.outputs * args.weight.steps)) {
+    const auto outputs = static_cast<uint32_t>(args.weight.outputs);
+    const int32_t first = args.weight.offsets[first_output_ / outputs];
+    end_ = args.weight.offsets[first_output_ / outputs + 1];
+    slots_ = (end_ - first) * block_slots_;
+    entry_ = first + warp_ / block_slots_;
+    slot_ = warp_ % block_slots_;
+    const int chunk = lane_ % Steps::kChunks;
+    columns_ = static_cast<uint32_t>(args.input.cols) - chunk * kChunkElements<T>;
+#pragma unroll
+    for (int i = 0; i < kCopies; ++i) {
+      const uint32_t row = lane_ / Steps::kChunks + i * kRowsAtOnce;
+      // Samples that do not exist repeat the last one, and are never stored.
+      const int64_t sample = min(args.input.rows - 1, int64_t{row});
+      input_[i] = args.input.data + sample * args.input.row_stride + chunk * kChunkElements<T>;
+      const uint32_t output = first_output_ % outputs;
+      weight_offset_[i] =
+          chunk * kChunkElements<T> +
+          (kStepsTogether ? (output + row) * args.weight.steps : row * outputs + output);
+    }
     fetch();
   }
 
   __device__ __forceinline__ void run() {
+    uint32_t empty = ring_;
     // One copy of the code, which is long, rather than one for each place.
 #pragma unroll 1
-    for (int place = 0; place + 1 < kPlaces; ++place) copy_slot(place);
-    int place = 0;
-    for (int64_t slot = warp_; slot < slots_; slot += kFewWarps) {
+    for (int place = 0; place + 1 < kPlaces; ++place) {
+      copy_slot(empty);
+      empty += kPlaceBytes;
+    }
+    uint32_t full = ring_;
+    for (int slot = warp_; slot < slots_; slot += kFewWarps) {
       wait_for_copies<kPlaces - 2>();
       // All lanes see the slot, and all have left the one that is filled next.
       __syncwarp();
-      copy_slot(place == 0 ? kPlaces - 1 : place - 1);
-      multiply(ring_ + place * kPlaceElements);
-      place = place + 1 == kPlaces ? 0 : place + 1;
+      copy_slot(empty);
+      multiply(full);
+      empty = full;
+      full = full == ring_ + (kPlaces - 1) * kPlaceBytes ? ring_ : full + kPlaceBytes;
     }
     // All slots are used and their copies waited for; the sums are written over them.
     __syncthreads();
@@ -54,68 +71,73 @@ class FewSamplesProduct {
   }
 
  private:
-  static constexpr int kInputElements = kFewSamples * kSlotSteps;
-  static constexpr int kPlaceElements = (kFewSamples + kFewOutputs) * kSlotSteps;
-  static constexpr int kPlaces = kFewRingBytes / static_cast<int>(kPlaceElements * sizeof(T));
+  using Steps = StepTile<T>;
+  using Outputs = OutputTile<T, kFewOutputs>;
+  // Chunks of 16 rows; all tiles have as many.
+  static_assert(kFewSamples == 16 && kFewOutputs == 16 && Outputs::kChunks == Steps::kChunks);
+  static constexpr int kRowsAtOnce = 32 / Steps::kChunks;
+  static constexpr int kCopies = 16 / kRowsAtOnce;
+  static constexpr int kInputBytes = 16 * Steps::kRowBytes;
+  static constexpr int kPlaceBytes = 2 * kInputBytes;
+  static constexpr int kPlaces = kFewRingBytes / kPlaceBytes;
   static_assert(kPlaces >= 3);
-  // Chunks of 16 rows; both tiles have as many.
-  static constexpr int kChunks = 16 * StepTile<T>::kChunks;
 
   // The source of the next slot is read one slot ahead.
   __device__ __forceinline__ void fetch() {
-    if (slot_ >= slots_) return;
-    const auto entry = static_cast<int32_t>(slot_ / slots_per_block_);
-    next_source_ = args_.weight.sources[first_entry_ + entry];
-    next_block_ =
-        args_.weight.blocks ? args_.weight.blocks[first_entry_ + entry] : first_entry_ + entry;
+    if (entry_ >= end_) return;
+    source_ = args_.weight.sources[entry_];
+    block_ = kStepsTogether ? args_.weight.blocks[entry_] : entry_;
   }
 
-  __device__ __forceinline__ void copy_slot(int place) {
-    if (slot_ < slots_) {
-      const int step = static_cast<int>(slot_ % slots_per_block_) * kSlotSteps;
-      const int64_t column = next_source_ * args_.weight.steps + step;
-      const T* block =
-          args_.weight.values + next_block_ * (args_.weight.outputs * args_.weight.steps);
-      slot_ += kFewWarps;
-      fetch();
-      const auto steps = static_cast<int>(min(args_.input.cols - column, int64_t{kSlotSteps}));
-      T* inputs = ring_ + place * kPlaceElements;
+  __device__ __forceinline__ void copy_slot(uint32_t place) {
+    const bool wanted = entry_ < end_;
+    const int step = slot_ * kSlotSteps;
+    const uint32_t column = source_ * static_cast<uint32_t>(args_.weight.steps) + step;
+    const auto columns = static_cast<int>(columns_ - column);
+    const uint32_t block =
+        block_ * block_elements_ +
+        step * (kStepsTogether ? 1 : static_cast<uint32_t>(args_.weight.outputs));
 #pragma unroll
-      for (int i = lane_; i < kChunks; i += 32) {
-        const int row = i / StepTile<T>::kChunks, chunk = i % StepTile<T>::kChunks;
-        const int valid = valid_in_chunk<T>(steps - chunk * kChunkElements<T>);
-        // Samples that do not exist are 0 in the tile, and never stored.
-        copy_chunk(
-            inputs + StepTile<T>::offset(row, chunk),
-            args_.input.data + row * args_.input.row_stride + column + chunk * kChunkElements<T>,
-            row < args_.input.rows ? valid : 0, aligned_);
-        T* weights = inputs + kInputElements;
-        if constexpr (kStepsTogether) {
-          copy_chunk(weights + StepTile<T>::offset(row, chunk),
-                     block + (output_in_block_ + row) * args_.weight.steps + step +
-                         chunk * kChunkElements<T>,
-                     valid, true);
-        } else {
-          copy_chunk(weights + OutputTile<T, kFewOutputs>::offset(row, chunk),
-                     block + (step + row) * args_.weight.outputs + output_in_block_ +
-                         chunk * kChunkElements<T>,
-                     row < steps ? kChunkElements<T> : 0, true);
-        }
+    for (int i = 0; i < kCopies; ++i) {
+      const int row = lane_ / Steps::kChunks + i * kRowsAtOnce, chunk = lane_ % Steps::kChunks;
+      const uint32_t inputs = place + Steps::offset(row, chunk);
+      if constexpr (kAligned) {
+        copy_async_where(wanted, inputs, input_[i] + column, columns > 0 ? 16 : 0);
+      } else if (wanted) {
+        carry_chunk(inputs, input_[i] + column, valid_in_chunk<T>(columns));
       }
+      uint32_t weights = place + kInputBytes;
+      int valid;
+      if constexpr (kStepsTogether) {
+        weights += Steps::offset(row, chunk);
+        valid = kAligned ? (columns > 0 ? 16 : 0) : valid_in_chunk<T>(columns) * sizeof(T);
+      } else {
+        weights += Outputs::offset(row, chunk);
+        valid = row < static_cast<int>(args_.input.cols) - static_cast<int>(column) ? 16 : 0;
+      }
+      copy_async_where(wanted, weights, args_.weight.values + (block + weight_offset_[i]), valid);
     }
     commit_copies();
+    entry_ += kFewWarps / block_slots_;
+    slot_ += kFewWarps % block_slots_;
+    if (slot_ >= block_slots_) {
+      slot_ -= block_slots_;
+      ++entry_;
+    }
+    fetch();
   }
 
-  __device__ __forceinline__ void multiply(const T* inputs) {
-    const T* weights = inputs + kInputElements;
+  __device__ __forceinline__ void multiply(uint32_t inputs) {
+    const uint32_t weights = inputs + kInputBytes;
 #pragma unroll
     for (int product = 0; product < kSlotProducts<T>; ++product) {
       uint32_t rows[4], outputs[4];
-      load_rows<T>(rows, inputs, 0, product, lane_);
+      load_operand<T>(rows, inputs + rows_offset<T>(product, lane_));
       if constexpr (kStepsTogether) {
-        load_step_outputs<T>(outputs, weights, 0, product, lane_);
+        load_operand<T>(outputs, weights + step_outputs_offset<T>(product, lane_));
       } else {
-        load_outputs<T, kFewOutputs>(outputs, weights, 0, product, lane_);
+        load_outputs<T, kFewOutputs>(outputs, weights + outputs_offset<T, kFewOutputs>(0, lane_),
+                                     product);
       }
       multiply_add_pair<T>(sums_[0], sums_[1], rows, outputs);
     }
@@ -132,7 +154,7 @@ class FewSamplesProduct {
     __syncthreads();
     const int thread = static_cast<int>(threadIdx.x);
     const int sample = thread / kFewOutputs, column = thread % kFewOutputs;
-    const int64_t output = first_output_ + column;
+    const int64_t output = int64_t{first_output_} + column;
     if (sample >= args_.output.rows || output >= args_.output.cols) return;
     float sum = 0.0f;
 #pragma unroll
@@ -146,13 +168,18 @@ class FewSamplesProduct {
 
   const BlockProductArgs<T>& args_;
   int lane_, warp_;
-  T* ring_;
-  int64_t first_output_;
-  int slots_per_block_;
-  int64_t slot_, slots_;  // the next slot of this warp; all of the strip
-  int output_in_block_;
-  int32_t first_entry_, next_source_ = 0, next_block_ = 0;
-  bool aligned_;
+  uint32_t ring_;
+  uint32_t first_output_;
+  int block_slots_;
+  uint32_t block_elements_;
+  int slots_;            // of the strip
+  int32_t entry_, end_;  // of the next slot of this warp; of the list
+  int slot_;             // of the entry's block
+  int32_t source_ = 0, block_ = 0;
+  // Of what this lane copies: its rows at column 0, the input's columns from its chunk on, and
+  // offsets in a block.
+  const T* input_[kCopies];
+  uint32_t columns_, weight_offset_[kCopies];
   float sums_[2][4] = {};
 };
 

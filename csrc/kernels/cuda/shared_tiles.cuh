@@ -5,7 +5,8 @@
 //   StepTile    [rows][16 steps]: inputs, and weights whose steps lie side by side
 //   OutputTile  [16 steps][columns]: weights whose outputs lie side by side
 //
-// T is __half, __nv_bfloat16, or float for tf32.
+// Addresses are of shared memory and offsets in bytes: both take 32 bits, half of what a pointer
+// costs in the inner loop. T is __half, __nv_bfloat16, or float for tf32.
 #pragma once
 
 #include "ptx.cuh"
@@ -25,10 +26,12 @@ template <class T>
 struct StepTile {
   static constexpr int kChunks = kSlotSteps / kChunkElements<T>;  // of a row
   static constexpr int kLineRows = 8 / kChunks;                   // rows of all 32 banks
+  static constexpr int kRowBytes = 16 * kChunks;
 
-  // Of an element, where `chunk` of `row` begins: eight neighbouring rows lie in different banks.
-  static __device__ __forceinline__ int offset(int row, int chunk) {
-    return (row * kChunks + (chunk ^ (row / kLineRows % kChunks))) * kChunkElements<T>;
+  // Where `chunk` of `row` begins: eight neighbouring rows lie in different banks. Rows a multiple
+  // of 8 apart are swizzled alike.
+  static __device__ __forceinline__ uint32_t offset(int row, int chunk) {
+    return row * kRowBytes + (chunk ^ (row / kLineRows % kChunks)) * 16;
   }
 };
 
@@ -36,25 +39,22 @@ template <class T, int kColumns>
 struct OutputTile {
   static constexpr int kChunks = kColumns / kChunkElements<T>;  // of a step
   static constexpr int kLineSteps = kChunks < 8 ? 8 / kChunks : 1;
+  static constexpr int kStepBytes = 16 * kChunks;
+  static constexpr int kSwizzled = kChunks < 8 ? kColumns : 8 * kChunkElements<T>;  // outputs
 
-  // For ldmatrix eight steps lie in different banks; tf32 is read in pairs g of steps t, for which
-  // four steps lie in different pairs of chunks.
-  static __device__ __forceinline__ int offset(int step, int chunk) {
+  // Steps 8 apart are swizzled alike. For ldmatrix eight steps lie in different banks; tf32 is read
+  // in pairs g of steps t, for which four steps lie in different pairs of chunks.
+  static __device__ __forceinline__ uint32_t offset(int step, int chunk) {
     const int line = step / kLineSteps;
     const int swizzle =
         sizeof(T) == 2 ? line % (kChunks < 8 ? kChunks : 8) : line % (kChunks < 8 ? 2 : 4) * 2;
-    return (step * kChunks + (chunk ^ swizzle)) * kChunkElements<T>;
+    return step * kStepBytes + (chunk ^ swizzle) * 16;
   }
 };
 
-// Copies the first `valid` elements of a chunk, zeros after them. Where the source is not aligned
-// to 16 bytes the thread itself carries the elements.
+// Carries the first `valid` elements of a chunk that is not aligned to 16 bytes, zeros after them.
 template <class T>
-__device__ __forceinline__ void copy_chunk(T* shared, const T* global, int valid, bool aligned) {
-  if (aligned) {
-    copy_async<16>(shared, global, valid * static_cast<int>(sizeof(T)));
-    return;
-  }
+__device__ __forceinline__ void carry_chunk(uint32_t shared, const T* global, int valid) {
   uint32_t words[4];
 #pragma unroll
   for (int i = 0; i < 4; ++i) {
@@ -67,7 +67,7 @@ __device__ __forceinline__ void copy_chunk(T* shared, const T* global, int valid
       words[i] = low | high << 16;
     }
   }
-  *reinterpret_cast<uint4*>(shared) = make_uint4(words[0], words[1], words[2], words[3]);
+  store_four(shared, words);
 }
 
 // How many elements of a chunk lie before `end`, counted from the chunk's first element.
@@ -84,41 +84,48 @@ __device__ __forceinline__ void round_operand(uint32_t (&fragment)[4]) {
   }
 }
 
-// The left operand of product `product` of a slot: rows `row` to `row` + 15 of a StepTile.
+// Where a lane finds, in a StepTile, its part of the left operand of product `product` of a slot,
+// of rows 0 to 15; of those from row r on, r * kRowBytes further.
 template <class T>
-__device__ __forceinline__ void load_rows(uint32_t (&fragment)[4], const T* tile, int row,
-                                          int product, int lane) {
-  load_matrices(fragment, tile + StepTile<T>::offset(row + lane % 16, 2 * product + lane / 16));
-  round_operand<T>(fragment);
+__device__ __forceinline__ uint32_t rows_offset(int product, int lane) {
+  return StepTile<T>::offset(lane % 16, 2 * product + lane / 16);
 }
 
-// The right operands of 16 outputs, two of 8 one after the other, from a StepTile.
+// The same of the right operands of outputs 0 to 15, two of 8 one after the other.
 template <class T>
-__device__ __forceinline__ void load_step_outputs(uint32_t (&fragment)[4], const T* tile,
-                                                  int output, int product, int lane) {
-  const int row = output + lane / 16 * 8 + lane % 8;
-  load_matrices(fragment, tile + StepTile<T>::offset(row, 2 * product + lane / 8 % 2));
-  round_operand<T>(fragment);
+__device__ __forceinline__ uint32_t step_outputs_offset(int product, int lane) {
+  return StepTile<T>::offset(lane / 16 * 8 + lane % 8, 2 * product + lane / 8 % 2);
 }
 
-// The same from an OutputTile. tf32, which ldmatrix cannot transpose, is read in pairs: the first
-// of the two operands has the even outputs, the second the odd ones (kOddsApart).
+// The same in an OutputTile, of outputs `output` to `output` + 15. The swizzle repeats after
+// kSwizzled outputs.
 template <class T, int kColumns>
-__device__ __forceinline__ void load_outputs(uint32_t (&fragment)[4], const T* tile, int output,
-                                             int product, int lane) {
+__device__ __forceinline__ uint32_t outputs_offset(int output, int lane) {
   using Tile = OutputTile<T, kColumns>;
+  if constexpr (sizeof(T) == 2) return Tile::offset(lane % 16, output / 8 + lane / 16);
+  const int g = lane / 4, t = lane % 4;
+  return Tile::offset(t, output / 4 + g / 2) + g % 2 * 8;
+}
+
+template <class T>
+__device__ __forceinline__ void load_operand(uint32_t (&fragment)[4], uint32_t address) {
+  load_matrices(fragment, address);
+  round_operand<T>(fragment);
+}
+
+// The right operands of 16 outputs from an OutputTile. tf32, which ldmatrix cannot transpose, is
+// read in pairs: the first of the two operands has the even outputs, the second the odd ones
+// (kOddsApart).
+template <class T, int kColumns>
+__device__ __forceinline__ void load_outputs(uint32_t (&fragment)[4], uint32_t address,
+                                             int product) {
   if constexpr (sizeof(T) == 2) {
-    load_matrices_transposed(
-        fragment, tile + Tile::offset(lane % 16, output / kChunkElements<T> + lane / 16));
+    load_matrices_transposed(fragment, address);
   } else {
-    const int g = lane / 4, t = lane % 4;
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
-      const int step = 8 * product + 4 * i + t;
-      const float2 pair = *reinterpret_cast<const float2*>(
-          tile + Tile::offset(step, output / 4 + g / 2) + g % 2 * 2);
-      fragment[i] = __float_as_uint(pair.x);
-      fragment[i + 2] = __float_as_uint(pair.y);
+      load_pair(fragment[i], fragment[i + 2],
+                address + (8 * product + 4 * i) * OutputTile<T, kColumns>::kStepBytes);
     }
     round_operand<T>(fragment);
   }
