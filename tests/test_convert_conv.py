@@ -49,6 +49,7 @@ def times(fake_medians):
         outputs = [function() for function in functions]
         if len(functions) > 1:
             chosen["layers"] += 1
+            chosen["layer layouts"] = [is_channels_last(output[0]) for output in outputs]
             return chosen["layer"][: len(functions)]
         calls.append(1)
         chosen["layouts"].append(is_channels_last(outputs[0][0]))
@@ -269,6 +270,7 @@ def test_each_candidate_runs_in_its_format_though_the_input_is_contiguous(times)
     model = mask(nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Conv2d(4, 8, 3), nn.ReLU()))
     sparsify(model, torch.randn(2, 3, 7, 6), policy="measured")
     assert times["layouts"][:4] == [False, False, True, True]
+    assert times["layer layouts"] == [False, False, True, True]
 
 
 @pytest.mark.parametrize(("seconds", "rounds"), [(1e-3, 15), (0.12, 10), (60.0, 5)])

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import fastprune as fp
+from fastprune.modules import fold as fold_module
 from helpers import Snapshot
 from networks import (
     DataDependent,
@@ -291,14 +292,38 @@ def test_a_norm_without_statistics_stays():
 
 
 def test_a_shared_norm_and_a_norm_over_steps_stay():
-    for model in (SharedNorm().eval(), NormOverSteps().eval()):
+    reasons = (
+        "no Linear or Conv2d alone is in front of it",
+        "its channels are not the outputs of the layer in front of it",
+    )
+    for model, reason in zip((SharedNorm().eval(), NormOverSteps().eval()), reasons, strict=True):
         mask(model)
         x = torch.randn(3, 7)
         expected = model(x)
         fold(model, x)
         assert isinstance(model.norm, nn.BatchNorm1d)
-        assert notes(model, "norm").startswith("not folded")
+        assert notes(model, "norm") == f"not folded: {reason}"
         torch.testing.assert_close(model(x), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_dropout_behind_a_layer_stays():
+    model = mask(nn.Sequential(nn.Conv2d(3, 4, 3), nn.Dropout(), nn.Conv2d(4, 4, 1), nn.Identity()))
+    fold(model.eval(), torch.randn(2, 3, 7, 5))
+    assert type(model[1]) is nn.Dropout
+    assert model[0].activation is None
+    assert model[2].activation is None
+
+
+def test_an_interrupt_while_outputs_are_compared_leaves_the_model_as_it_was(monkeypatch):
+    def interrupted(output, expected):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(fold_module, "_agree", interrupted)
+    model = mask(SmallVGG())
+    snapshot = Snapshot(model)
+    with pytest.raises(KeyboardInterrupt):
+        fold(model, torch.randn(2, 3, 7, 5))
+    snapshot.assert_unchanged()
 
 
 class _TwoWays(nn.Module):

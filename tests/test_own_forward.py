@@ -54,14 +54,44 @@ class _WithoutBias(nn.Conv2d):
         return F.conv2d(input, weight)
 
 
+class _Transposed(nn.Conv2d):
+    def forward(self, input):
+        return F.conv_transpose2d(input, self.weight, self.bias)
+
+
+class _OneGroup(nn.Conv2d):
+    def __init__(self, in_channels, out_channels, kernel_size):
+        super().__init__(2 * in_channels, 2 * out_channels, kernel_size, groups=2)
+
+    def forward(self, input):
+        return F.conv2d(input[:, : self.weight.shape[1]], self.weight, self.bias)
+
+
 class _SumOfWeights(nn.Conv2d):
     def forward(self, input):
         return F.conv2d(input * torch.sum(self.weight), self.weight, self.bias)
 
 
-@pytest.mark.parametrize("kind", [_Scaled, _Standardized, _Twice, _WithoutBias, _SumOfWeights])
+@pytest.mark.parametrize("kind", [_Scaled, _Standardized, _Twice, _WithoutBias, _SumOfWeights, _Transposed])
 def test_a_forward_that_does_more_than_change_the_input_is_refused_when_it_runs(kind):
     sparse = fp.BlockSparseConv2d.from_dense(kind(5, 5, 3))
+    with pytest.raises(TypeError):
+        sparse(torch.randn(2, 5, 7, 5))
+
+
+def test_a_call_with_other_groups_is_refused_when_it_runs():
+    sparse = fp.BlockSparseConv2d.from_dense(_OneGroup(4, 4, 3), (4, 4))
+    with pytest.raises(TypeError):
+        sparse(torch.randn(2, 8, 7, 5))
+
+
+class _Narrow(nn.Conv2d):
+    def forward(self, input):
+        return super().forward(input[:, :4])
+
+
+def test_a_forward_that_drops_channels_is_refused_when_it_runs():
+    sparse = fp.BlockSparseConv2d.from_dense(_Narrow(5, 5, 3), (4, 8))
     with pytest.raises(TypeError):
         sparse(torch.randn(2, 5, 7, 5))
 
@@ -88,11 +118,13 @@ def test_forwards_that_only_change_the_input_are_told(kind, mode):
     assert only_pads(conv, [torch.randn(2, 5, 7, 5), torch.randn(5, 7, 5)])
 
 
-@pytest.mark.parametrize("kind", [_Scaled, _Standardized, _Twice, _WithoutBias, _SumOfWeights, _WithGain])
+@pytest.mark.parametrize(
+    "kind", [_Scaled, _Standardized, _Twice, _WithoutBias, _SumOfWeights, _Transposed, _WithGain, _OneGroup]
+)
 def test_forwards_that_do_more_are_told(kind):
     conv = kind(5, 5, 3)
     assert has_own_forward(conv)
-    assert not only_pads(conv, [torch.randn(2, 5, 9, 9)])
+    assert not only_pads(conv, [torch.randn(2, conv.in_channels, 9, 9)])
 
 
 def test_a_forward_of_an_instance_is_its_own_and_does_more():

@@ -209,6 +209,7 @@ TAMPERED_CONVOLUTIONS = {
     "folded a module that is not there": lambda manifest, tensors: manifest["folded"].__setitem__("99", "3"),
     "folded into a pool": lambda manifest, tensors: manifest["folded"].__setitem__("1", "9"),
     "folded into nothing": lambda manifest, tensors: manifest["folded"].__setitem__("1", "99"),
+    "activation folded into a pool": lambda manifest, tensors: manifest["folded"].__setitem__("5", "9"),
     "folded into a number": lambda manifest, tensors: manifest["folded"].__setitem__("1", 3),
     "folded into a list": lambda manifest, tensors: manifest["folded"].__setitem__("1", ["3"]),
     "not folded": _manifest("folded", {}),

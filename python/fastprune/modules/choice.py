@@ -17,7 +17,7 @@ from .conv import BlockSparseConv2d
 from .formats import FORMATS, format_of, in_format
 from .swapping import copy_of
 
-# Large layers are measured less often than 15 times, so that a network of 50 takes half a minute.
+# Layers that take milliseconds are measured less often than 15 times: a network has many of them.
 _SECONDS = 0.5
 
 

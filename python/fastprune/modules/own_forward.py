@@ -16,16 +16,17 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-# What computes the convolution: from the input, stride, padding, dilation and groups that F.conv2d gets.
-Convolve = Callable[[Tensor, Any, Any, Any, int], Tensor]
+# What computes the convolution: from the input, stride, padding and dilation that F.conv2d gets.
+Convolve = Callable[[Tensor, Any, Any, Any], Tensor]
 
 
 class _WeightStandIn:
     """What a forward sees in the place of its weight: F.conv2d takes it, no other function does."""
 
-    def __init__(self, like: Tensor, bias: Tensor | None, convolve: Convolve) -> None:
+    def __init__(self, like: Tensor, bias: Tensor | None, groups: int, convolve: Convolve) -> None:
         self.shape, self.dtype, self.device = like.shape, like.dtype, like.device
         self.bias = bias
+        self.groups = groups
         self.convolve = convolve
         self.output: Tensor | None = None
 
@@ -54,7 +55,9 @@ def _convolve(
     """Compute F.conv2d, or refuse a call that has not the weight, the bias and the groups of the layer."""
     if not isinstance(weight, _WeightStandIn) or bias is not weight.bias or weight.output is not None:
         return NotImplemented
-    weight.output = weight.convolve(input, stride, padding, dilation, groups)
+    if groups != weight.groups or input.shape[-3] != weight.shape[1] * groups:
+        return NotImplemented
+    weight.output = weight.convolve(input, stride, padding, dilation)
     return weight.output
 
 
@@ -78,6 +81,7 @@ class OwnForward:
                 f"`conv` is a {self.dense_class.__name__}, whose own forward can be kept only if it has no "
                 f"parameters but weight and bias, got {sorted(others)}"
             )
+        self.groups = conv.groups
         modules = {name: module for name, module in conv._modules.items() if not _is_parametrization(name)}
         self.attributes = {**vars(conv), "_parameters": {}, "_buffers": {}, "_modules": modules}
 
@@ -97,7 +101,7 @@ class OwnForward:
             TypeError: the forward does anything else with its weight, or with the convolution's output.
 
         """
-        weight = _WeightStandIn(like, bias, convolve)
+        weight = _WeightStandIn(like, bias, self.groups, convolve)
         conv = self._instance()
         vars(conv).update(weight=weight, bias=bias, training=training)
         refusal = (
@@ -142,8 +146,8 @@ def only_pads(conv: nn.Conv2d, inputs: list[Tensor]) -> bool:
     """Tell whether a forward, on some inputs, does nothing but change the input of its convolution."""
     weight, bias = conv.weight, conv.bias
 
-    def convolve(input: Tensor, stride: Any, padding: Any, dilation: Any, groups: int) -> Tensor:
-        return F.conv2d(input, weight, bias, stride, padding, dilation, groups)
+    def convolve(input: Tensor, stride: Any, padding: Any, dilation: Any) -> Tensor:
+        return F.conv2d(input, weight, bias, stride, padding, dilation, conv.groups)
 
     try:
         forward = OwnForward(conv)
