@@ -287,11 +287,16 @@ def test_every_barrier_and_every_wait_is_needed(arithmetic, input_gradient, tile
 
 
 @pytest.mark.parametrize(
-    ("arithmetic", "tile"),
-    [("bfloat16", "64x64_by_16"), ("bfloat16", "64x64_by_16_narrow"), ("tf32", "few_samples")],
+    ("arithmetic", "input_gradient", "tile"),
+    [
+        ("bfloat16", False, "64x64_by_16"),
+        ("bfloat16", False, "64x64_by_16_narrow"),
+        ("bfloat16", True, "64x64_by_16_narrow"),
+        ("tf32", False, "few_samples"),
+    ],
 )
-def test_every_mutant_is_noticed(arithmetic, tile):
-    cases = mutant_cases(arithmetic, False, tile)
+def test_every_mutant_is_noticed(arithmetic, input_gradient, tile):
+    cases = mutant_cases(arithmetic, input_gradient, tile)
     kernel = cases[0].kernel()
     mutants = mutants_of(linear.source_of(kernel), kernel)
     assert {"no barrier", "no wait", "bound + 1", "no guard"} <= {m.kind for m in mutants}
