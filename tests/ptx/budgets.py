@@ -36,7 +36,7 @@ BUDGETS = {
     "block_sparse_linear_weight_gradient_plain_*_16": Budget(112, 18_432),
     "block_sparse_linear_weight_gradient_plain_*_64": Budget(168, 24_576),
     "block_sparse_linear_weight_gradient_*_16*": Budget(112, 0, 36_864),
-    "block_sparse_linear_weight_gradient_*_32*": Budget(112, 0, 40_960),
+    "block_sparse_linear_weight_gradient_*_32*": Budget(128, 0, 40_960),
     "block_sparse_linear_weight_gradient_*_64*": Budget(192, 0, 49_152),
     "block_sparse_linear_weight_gradient_*_128*": Budget(255, 0, 49_152),
     # Any block, plain multiply-adds.

@@ -111,7 +111,7 @@ def run(case: Case, **options) -> tuple[np.ndarray, list[str], dict]:
 def with_blocks(kind: str, rows: int, cols: int, **sizes: int) -> list[Case]:
     """Two block rows and three block columns, once whole and once ragged, which is narrow too."""
     whole = Case(kind=kind, rows=rows, cols=cols, out_features=2 * rows, in_features=3 * cols, **sizes)
-    ragged = {"out_features": 2 * rows - rows // 2, "in_features": 3 * cols - cols // 2 - cols % 2}
+    ragged = {"out_features": 2 * rows - rows // 2 - 1, "in_features": 3 * cols - cols // 2 - cols % 2}
     return [whole, replace(whole, **ragged), replace(whole, **ragged, aligned=True)]
 
 
