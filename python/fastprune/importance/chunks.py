@@ -23,7 +23,7 @@ _LARGEST_VALUE = 8 << 20
 _LARGEST_VALUE_ON_CUDA = 128 << 20
 
 # A suffix holds new values beside the kept ones, and kernels hold copies.
-_SHARE_OF_BUDGET = 0.3
+_SHARE_OF_BUDGET = 0.25
 
 
 def default_memory_budget(device: torch.device) -> int:
