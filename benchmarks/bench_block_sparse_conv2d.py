@@ -12,7 +12,7 @@ from torch import Tensor, nn
 import fastprune as fp
 from fastprune import ops
 from fastprune.timing import interleaved_medians
-from harness import THREADS, measure, threads
+from harness import THREADS, measure, onnxruntime_session, threads
 from layers import assert_close, name_of
 
 FORMATS = (torch.contiguous_format, torch.channels_last)
@@ -67,10 +67,10 @@ def make_convolution(layer: Layer, blocksize: tuple[int, int], sparsity: float) 
     conv = nn.Conv2d(
         layer.in_channels, layer.out_channels, layer.kernel_size, layer.stride, layer.kernel_size // 2
     )
-    order = torch.rand(fp.Block(*blocksize).shape(conv.weight.shape)).flatten().argsort()
+    grid = fp.Block(*blocksize).shape(conv.weight.shape)
+    order = torch.rand(grid).flatten().argsort()
     mask = torch.ones(len(order), dtype=torch.bool)
     mask[order[: round(sparsity * len(order))]] = False
-    grid = fp.Block(*blocksize).shape(conv.weight.shape)
     return fp.BlockSparseConv2d.from_dense(conv, blocksize, mask.view(grid))
 
 
@@ -182,7 +182,6 @@ def bench_convolution_backward(
 @torch.no_grad()
 def bench_convolution_onnxruntime(benchmark, layer: Layer, thread_count: int) -> None:
     """ONNX Runtime's dense convolution, which takes channels-first images, at 75 % sparsity."""
-    onnxruntime = pytest.importorskip("onnxruntime", reason="onnxruntime is not installed")
     onnx = pytest.importorskip("onnx", reason="onnx is not installed")
     sparse = make_convolution(layer, (16, 16), 0.75)
     input = torch.randn(8, layer.in_channels, layer.size, layer.size)
@@ -197,14 +196,7 @@ def bench_convolution_onnxruntime(benchmark, layer: Layer, thread_count: int) ->
         [onnx.helper.make_tensor_value_info("y", real, shape)],
         [weight, bias],
     )
-    model = onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 17)], ir_version=8)
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = thread_count
-    # Its threads would go on spinning, on the cores that torch's then need.
-    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-    session = onnxruntime.InferenceSession(
-        model.SerializeToString(), options, providers=["CPUExecutionProvider"]
-    )
+    session = onnxruntime_session(graph, thread_count)
     array = input.numpy()
     with threads(thread_count):
         measure(

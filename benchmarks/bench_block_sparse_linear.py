@@ -8,7 +8,7 @@ import torch.nn.functional as F
 
 import fastprune as fp
 from fastprune import _library
-from harness import THREADS, measure, threads
+from harness import THREADS, measure, onnxruntime_session, threads
 from layers import BLOCKSIZES, SAMPLES, SHAPES, SPARSITIES, assert_close, make_layer, name_of
 
 cuda = pytest.mark.skipif(
@@ -123,7 +123,6 @@ def _scipy_bsr(layer: fp.BlockSparseLinear, input: torch.Tensor, thread_count: i
 
 
 def _onnxruntime_dense(layer: fp.BlockSparseLinear, input: torch.Tensor, thread_count: int):
-    onnxruntime = pytest.importorskip("onnxruntime", reason="onnxruntime is not installed")
     onnx = pytest.importorskip("onnx", reason="onnx is not installed")
     weight = onnx.numpy_helper.from_array(layer.weight.T.contiguous().numpy(), "weight")
     real = onnx.TensorProto.FLOAT
@@ -134,15 +133,7 @@ def _onnxruntime_dense(layer: fp.BlockSparseLinear, input: torch.Tensor, thread_
         [onnx.helper.make_tensor_value_info("y", real, [input.shape[0], layer.out_features])],
         [weight],
     )
-    opset = [onnx.helper.make_opsetid("", 17)]
-    model = onnx.helper.make_model(graph, opset_imports=opset, ir_version=8)
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = thread_count
-    # Its threads would go on spinning, on the cores that torch's then need.
-    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-    session = onnxruntime.InferenceSession(
-        model.SerializeToString(), options, providers=["CPUExecutionProvider"]
-    )
+    session = onnxruntime_session(graph, thread_count)
     array = input.numpy()
     return lambda: session.run(None, {"x": array})[0]
 

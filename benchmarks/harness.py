@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import pytest
 import torch
 
 import fastprune as fp
@@ -130,3 +131,18 @@ def measure(
 
     benchmark.pedantic(timed, rounds=5, warmup_rounds=1)
     return speedup
+
+
+def onnxruntime_session(graph: Any, thread_count: int) -> Any:
+    """Return a session of ONNX Runtime for a graph of onnx, or skip the benchmark where it is missing."""
+    onnxruntime = pytest.importorskip("onnxruntime", reason="onnxruntime is not installed")
+    onnx = pytest.importorskip("onnx", reason="onnx is not installed")
+    opset = [onnx.helper.make_opsetid("", 17)]
+    model = onnx.helper.make_model(graph, opset_imports=opset, ir_version=8)
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = thread_count
+    # Its threads would go on spinning, on the cores that torch's then need.
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    return onnxruntime.InferenceSession(
+        model.SerializeToString(), options, providers=["CPUExecutionProvider"]
+    )
