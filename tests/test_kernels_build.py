@@ -6,6 +6,7 @@ import os
 import platform
 import shutil
 import subprocess
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -29,14 +30,16 @@ pytestmark = pytest.mark.skipif(COMPILER is None, reason="no C++ compiler is on 
 def compile_kernels(folder: Path, isas: list[str], flags: list[str]) -> list[Path]:
     """Compile every kernel file for each instruction set, and the dispatcher, with no include path."""
     common = [str(COMPILER), "-std=gnu++17", "-ffp-contract=fast", "-Wno-psabi", "-Wall", *flags, "-c"]
-    objects = []
+    objects, commands = [], []
     for source in sorted((KERNELS / "cpu").glob("*.cpp")):
         variants = [""] if source.stem == "dispatch" else isas
         for isa in variants:
             objects.append(folder / f"{source.stem}_{isa}.o")
             extra = [f"-DFASTPRUNE_CPU_NAMESPACE={isa}", *ISA_FLAGS[isa]] if isa else []
             command = [*common, f"-DFASTPRUNE_X86_KERNELS={int(IS_X86)}", *extra]
-            subprocess.run([*command, str(source), "-o", str(objects[-1])], check=True, cwd=folder)
+            commands.append([*command, str(source), "-o", str(objects[-1])])
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        list(pool.map(lambda command: subprocess.run(command, check=True, cwd=folder), commands))
     return objects
 
 

@@ -155,6 +155,16 @@ void run_weight_gradient(const Tensor& grad_output, const Tensor& input, const T
     return;
   }
   const auto& kernels = kernels_of<T>(cpu_kernels());
+  const int64_t multiply_adds = args.grad_output.images * args.grad_output.height *
+                                args.grad_output.width * grad_values.numel();
+  if (kernels.serves_channels_last_weight_gradient(args)) {
+    const ChannelsLastWeightGradientWork work = kernels.plan_channels_last_weight_gradient(args);
+    return parallel_kernel<T>(work.total, multiply_adds, work.scratch_size,
+                              [&](int64_t begin, int64_t end, T* scratch) {
+                                kernels.channels_last_weight_gradient(args, work, begin, end,
+                                                                      scratch);
+                              });
+  }
   const BlockSparseConv2dWeightGradientWork work = kernels.plan_conv2d_weight_gradient(args);
   if (work.total == 0) return;
   const Tensor planes = empty_tensor(input, {args.input.images, work.image_size});
@@ -163,8 +173,6 @@ void run_weight_gradient(const Tensor& grad_output, const Tensor& input, const T
                      [&](int64_t begin, int64_t end, T*) {
                        kernels.copy_conv2d_planes(args, work, begin, end, plane_data);
                      });
-  const int64_t multiply_adds = args.grad_output.images * args.grad_output.height *
-                                args.grad_output.width * grad_values.numel();
   parallel_kernel<T>(work.total, multiply_adds, 0, [&](int64_t begin, int64_t end, T*) {
     kernels.conv2d_weight_gradient(args, work, plane_data, begin, end);
   });

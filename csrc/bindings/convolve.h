@@ -37,10 +37,17 @@ void convolve(const BlockConvolutionArgs<T>& args) {
   }
   const auto& kernels = kernels_of<T>(cpu_kernels());
   const auto& weight = args.weight;
-  const BlockConvolutionWork work =
-      kernels.plan_block_convolution(args, torch::stable::get_num_threads());
+  const int64_t threads = torch::stable::get_num_threads();
   const int64_t multiply_adds = args.output.images * args.output.height * args.output.width *
                                 weight.outputs * weight.steps * weight.offsets[weight.lists];
+  if (kernels.serves_channels_last_convolution(args)) {
+    const ChannelsLastWork work = kernels.plan_channels_last_convolution(args, threads);
+    return parallel_kernel<T>(work.total, multiply_adds, work.scratch_size,
+                              [&](int64_t begin, int64_t end, T* scratch) {
+                                kernels.channels_last_convolution(args, work, begin, end, scratch);
+                              });
+  }
+  const BlockConvolutionWork work = kernels.plan_block_convolution(args, threads);
   parallel_kernel<T>(work.total, multiply_adds, work.scratch_size,
                      [&](int64_t begin, int64_t end, T* scratch) {
                        kernels.block_convolution(args, work, begin, end, scratch);

@@ -118,28 +118,49 @@ struct Problem {
 };
 
 // Runs a convolution in three chunks, each into an array of its own: together they must write
-// every output once. `phase` steps over the outputs that are its own.
-template <class T>
-void run_chunks(BlockConvolutionArgs<T> args, const Case& c, std::vector<T>& output,
-                int64_t first) {
+// every output once, from `first` on. run(args, begin, end) computes positions [begin, end) of
+// `total`.
+constexpr int64_t kChunks = 3;
+
+template <class T, class Run>
+void run_chunks(BlockConvolutionArgs<T> args, const Case& c, std::vector<T>& output, int64_t first,
+                int64_t total, const char* what, const Run& run) {
   constexpr T kUntouched = T(1e30);
-  const auto& kernels = kernels_of<T>(cpu_kernels());
-  constexpr int64_t kChunks = 3;
-  const BlockConvolutionWork work = kernels.plan_block_convolution(args, kChunks);
   bool once = true;
   for (int64_t chunk = 0; chunk < kChunks; ++chunk) {
     std::vector<T> part(output.size(), kUntouched);
     args.output.data = part.data() + first;
-    const AlignedScratch<T> scratch(work.scratch_size);
-    kernels.block_convolution(args, work, work.total * chunk / kChunks,
-                              work.total * (chunk + 1) / kChunks, scratch.data);
+    run(args, total * chunk / kChunks, total * (chunk + 1) / kChunks);
     for (size_t i = 0; i < part.size(); ++i) {
       if (part[i] == kUntouched) continue;
       once &= output[i] == kUntouched;
       output[i] = part[i];
     }
   }
-  check(once, "the division of block_convolution", c.images, c.height, c.width);
+  check(once, what, c.images, c.height, c.width);
+}
+
+// The same by each of the kernels that serve the images, which must agree in every bit. Where
+// `output` holds values already, they are those of another phase.
+template <class T>
+void run_convolution(const BlockConvolutionArgs<T>& args, const Case& c, std::vector<T>& output,
+                     int64_t first) {
+  const auto& kernels = kernels_of<T>(cpu_kernels());
+  std::vector<T> other = output;
+  const BlockConvolutionWork work = kernels.plan_block_convolution(args, kChunks);
+  run_chunks(args, c, output, first, work.total, "the division of block_convolution",
+             [&](const BlockConvolutionArgs<T>& part, int64_t begin, int64_t end) {
+               const AlignedScratch<T> scratch(work.scratch_size);
+               kernels.block_convolution(part, work, begin, end, scratch.data);
+             });
+  if (!kernels.serves_channels_last_convolution(args)) return;
+  const ChannelsLastWork last = kernels.plan_channels_last_convolution(args, kChunks);
+  run_chunks(args, c, other, first, last.total, "the division of channels_last_convolution",
+             [&](const BlockConvolutionArgs<T>& part, int64_t begin, int64_t end) {
+               const AlignedScratch<T> scratch(last.scratch_size);
+               kernels.channels_last_convolution(part, last, begin, end, scratch.data);
+             });
+  check(output == other, "the bits of channels_last_convolution", c.images, c.height, c.width);
 }
 
 template <class T>
@@ -177,7 +198,7 @@ void test_forward(const Problem<T>& problem) {
   args.output = view_of<T>(nullptr, c.images, c.out_channels, problem.out_height, problem.out_width,
                            c.channels_last);
   args.activation = Activation::kRelu6;
-  run_chunks(args, c, output, 0);
+  run_convolution(args, c, output, 0);
 
   std::vector<double> wanted(output.size());
   const auto at_output = view_of<double>(wanted.data(), c.images, c.out_channels,
@@ -243,7 +264,7 @@ void test_input_gradient(const Problem<T>& problem) {
     args.output.row_stride *= c.stride;
     args.output.column_stride *= c.stride;
     args.activation = Activation::kNone;
-    run_chunks(args, c, found, first);
+    run_convolution(args, c, found, first);
   }
   std::vector<double> wanted(found.size());
   const auto at_input =
@@ -293,6 +314,16 @@ void test_weight_gradient(const Problem<T>& problem) {
     wanted[value] += double(at(input, n, in, row, column)) * double(at(gradient, n, out, i, j));
   });
   check_close(found, wanted, "the weight gradient of a convolution", c);
+  if (!kernels.serves_channels_last_weight_gradient(args)) return;
+  std::vector<T> other(found.size(), T(1e30));
+  args.grad_values = other.data();
+  const ChannelsLastWeightGradientWork last = kernels.plan_channels_last_weight_gradient(args);
+  for (int64_t chunk = 0; chunk < kChunks; ++chunk) {
+    const AlignedScratch<T> scratch(last.scratch_size);
+    kernels.channels_last_weight_gradient(args, last, last.total * chunk / kChunks,
+                                          last.total * (chunk + 1) / kChunks, scratch.data);
+  }
+  check_close(other, wanted, "the weight gradient of channels-last images", c);
 }
 
 template <class T>

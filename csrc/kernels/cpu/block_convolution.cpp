@@ -2,6 +2,7 @@
 // contract is in block_convolution.h.
 #include "block_convolution.h"
 
+#include "convolution_entries.h"
 #include "convolution_tile.h"
 #include "list_grid.h"
 #include "padded_panel.h"
@@ -19,21 +20,6 @@ constexpr int64_t kChunkSteps = 96;
 constexpr int64_t kStoredOutputs = 16;
 template <class T>
 constexpr int64_t kTileWidth = kTileVectors * kLanes<T>;
-
-template <class T>
-TapGrid grid_of(const BlockConvolutionArgs<T>& args, int64_t pitch, int64_t rows) {
-  return {args.taps,
-          args.num_taps,
-          args.row_step,
-          args.column_step,
-          args.input.height,
-          args.input.width,
-          args.output.height,
-          args.output.width,
-          args.input.images,
-          pitch,
-          rows};
-}
 
 // The position of a vector's first lane.
 template <class T>
@@ -173,30 +159,16 @@ void make_tiles(const BlockConvolutionArgs<T>& args, const BlockConvolutionWork&
 template <class T>
 int64_t make_entries(const BlockConvolutionArgs<T>& args, const BlockConvolutionWork& work,
                      const TapGrid& grid, int64_t list, TileEntry<T>* entries) {
-  const auto& weight = args.weight;
-  const int64_t group_channels = args.input.channels / args.groups;
-  const int64_t group = list / (weight.lists / args.groups);
-  int64_t count = 0, tap = -1, tap_offset = 0;
-  bool reads = false;
-  for (int64_t j = weight.offsets[list]; j < weight.offsets[list + 1]; ++j) {
-    const int64_t source = weight.sources[j];
-    // Neighbouring entries are mostly of one tap: no division then.
-    if (tap < 0 || source < tap * args.sources_per_tap ||
-        source >= (tap + 1) * args.sources_per_tap) {
-      tap = source / args.sources_per_tap;
-      reads = tap_reads(grid, args.taps[tap]);
-      const int64_t first_channel =
-          phase_rank(grid, tap) * args.input.channels + group * group_channels;
-      tap_offset = tap_shift(grid, args.taps[tap]) + first_channel * work.plane;
-    }
-    if (!reads) continue;
-    const int64_t channel = (source - tap * args.sources_per_tap) * weight.steps;
-    const int64_t left = group_channels - channel;
-    const int64_t block = weight.blocks ? weight.blocks[j] : j;
-    entries[count++] = {weight.values + block * weight.outputs * weight.steps,
-                        tap_offset + channel * work.plane,
-                        left < weight.steps ? left : weight.steps};
-  }
+  int64_t count = 0, last_tap = -1, tap_offset = 0;
+  for_each_entry(args, grid, list,
+                 [&](const T* weights, int64_t tap, int64_t channel, int64_t steps) {
+                   if (tap != last_tap) {
+                     tap_offset = tap_shift(grid, args.taps[tap]) +
+                                  phase_rank(grid, tap) * args.input.channels * work.plane;
+                     last_tap = tap;
+                   }
+                   entries[count++] = {weights, tap_offset + channel * work.plane, steps};
+                 });
   return count;
 }
 
@@ -248,12 +220,7 @@ void convolve_tiles(const BlockConvolutionArgs<T>& args, const BlockConvolutionW
                     const Tables<T>& tables, int64_t tiles, int64_t list, int64_t entries,
                     const T* panel, T* result) {
   const auto& weight = args.weight;
-  const int64_t lists_per_group = weight.lists / args.groups;
-  const int64_t group_outputs = args.output.channels / args.groups;
-  const int64_t list_output = list % lists_per_group * weight.outputs;
-  const int64_t left = group_outputs - list_output;
-  const int64_t outputs = weight.outputs < left ? weight.outputs : left;
-  const int64_t first_channel = list / lists_per_group * group_outputs + list_output;
+  const auto [first_channel, outputs] = outputs_of(args, list);
   const int64_t most = weight.steps < kChunkSteps ? kChunkSteps / weight.steps : 1;
   for (int64_t t = 0; t < tiles; ++t) {
     const int64_t vectors = tables.first_vectors[t + 1] - tables.first_vectors[t];

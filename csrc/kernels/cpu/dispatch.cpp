@@ -19,6 +19,13 @@ namespace fastprune {
   void block_convolution(const BlockConvolutionArgs<T>&, const BlockConvolutionWork&, int64_t,   \
                          int64_t, T*);                                                           \
   template <class T>                                                                             \
+  bool serves_channels_last_convolution(const BlockConvolutionArgs<T>&);                         \
+  template <class T>                                                                             \
+  ChannelsLastWork plan_channels_last_convolution(const BlockConvolutionArgs<T>&, int64_t);      \
+  template <class T>                                                                             \
+  void channels_last_convolution(const BlockConvolutionArgs<T>&, const ChannelsLastWork&,        \
+                                 int64_t, int64_t, T*);                                          \
+  template <class T>                                                                             \
   BlockSparseLinearWeightGradientWork plan_block_sparse_linear_weight_gradient(                  \
       const BlockSparseLinearWeightGradientArgs<T>&);                                            \
   template <class T>                                                                             \
@@ -36,6 +43,15 @@ namespace fastprune {
                                            const BlockSparseConv2dWeightGradientWork&, const T*, \
                                            int64_t, int64_t);                                    \
   template <class T>                                                                             \
+  bool serves_channels_last_weight_gradient(const BlockSparseConv2dWeightGradientArgs<T>&);      \
+  template <class T>                                                                             \
+  ChannelsLastWeightGradientWork plan_channels_last_weight_gradient(                             \
+      const BlockSparseConv2dWeightGradientArgs<T>&);                                            \
+  template <class T>                                                                             \
+  void channels_last_weight_gradient(const BlockSparseConv2dWeightGradientArgs<T>&,              \
+                                     const ChannelsLastWeightGradientWork&, int64_t, int64_t,    \
+                                     T*);                                                        \
+  template <class T>                                                                             \
   int64_t ablated_cross_entropy_scratch(const AblatedCrossEntropyArgs<T>&);                      \
   template <class T>                                                                             \
   void ablated_cross_entropy(const AblatedCrossEntropyArgs<T>&, int64_t, int64_t, T*);           \
@@ -52,11 +68,17 @@ namespace fastprune {
                                       block_product<T>,                                          \
                                       plan_block_convolution<T>,                                 \
                                       block_convolution<T>,                                      \
+                                      serves_channels_last_convolution<T>,                       \
+                                      plan_channels_last_convolution<T>,                         \
+                                      channels_last_convolution<T>,                              \
                                       plan_block_sparse_linear_weight_gradient<T>,               \
                                       block_sparse_linear_weight_gradient<T>,                    \
                                       plan_block_sparse_conv2d_weight_gradient<T>,               \
                                       copy_conv2d_planes<T>,                                     \
                                       block_sparse_conv2d_weight_gradient<T>,                    \
+                                      serves_channels_last_weight_gradient<T>,                   \
+                                      plan_channels_last_weight_gradient<T>,                     \
+                                      channels_last_weight_gradient<T>,                          \
                                       ablated_cross_entropy_scratch<T>,                          \
                                       ablated_cross_entropy<T>,                                  \
                                       ablated_mlp_cross_entropy_scratch<T>,                      \

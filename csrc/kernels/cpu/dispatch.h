@@ -11,6 +11,8 @@
 #include "../block_sparse_linear_weight_gradient.h"
 #include "block_convolution.h"
 #include "block_product.h"
+#include "channels_last_convolution.h"
+#include "channels_last_weight_gradient.h"
 
 namespace fastprune {
 
@@ -26,6 +28,12 @@ struct CpuKernelsOf {
   BlockConvolutionWork (*plan_block_convolution)(const BlockConvolutionArgs<T>&, int64_t threads);
   void (*block_convolution)(const BlockConvolutionArgs<T>&, const BlockConvolutionWork&,
                             int64_t begin, int64_t end, T* scratch);
+  // Whether this instruction set has the kernel for these images and blocks.
+  bool (*serves_channels_last_convolution)(const BlockConvolutionArgs<T>&);
+  ChannelsLastWork (*plan_channels_last_convolution)(const BlockConvolutionArgs<T>&,
+                                                     int64_t threads);
+  void (*channels_last_convolution)(const BlockConvolutionArgs<T>&, const ChannelsLastWork&,
+                                    int64_t begin, int64_t end, T* scratch);
   BlockSparseLinearWeightGradientWork (*plan_weight_gradient)(
       const BlockSparseLinearWeightGradientArgs<T>&);
   void (*weight_gradient)(const BlockSparseLinearWeightGradientArgs<T>&,
@@ -40,6 +48,12 @@ struct CpuKernelsOf {
   void (*conv2d_weight_gradient)(const BlockSparseConv2dWeightGradientArgs<T>&,
                                  const BlockSparseConv2dWeightGradientWork&, const T* planes,
                                  int64_t begin, int64_t end);
+  bool (*serves_channels_last_weight_gradient)(const BlockSparseConv2dWeightGradientArgs<T>&);
+  ChannelsLastWeightGradientWork (*plan_channels_last_weight_gradient)(
+      const BlockSparseConv2dWeightGradientArgs<T>&);
+  void (*channels_last_weight_gradient)(const BlockSparseConv2dWeightGradientArgs<T>&,
+                                        const ChannelsLastWeightGradientWork&, int64_t begin,
+                                        int64_t end, T* scratch);
   int64_t (*ablated_cross_entropy_scratch)(const AblatedCrossEntropyArgs<T>&);
   void (*ablated_cross_entropy)(const AblatedCrossEntropyArgs<T>&, int64_t begin, int64_t end,
                                 T* scratch);

@@ -1,0 +1,125 @@
+// The register tile of channels_last_convolution.h.
+//
+//               outputs: V vectors
+//             +------+------+
+//   pixel 0   | acc  | acc  |   for each entry, for each of its steps b:
+//   pixel 1   | acc  | acc  |     load the V vectors of block[b]
+//     ...     |      |      |     for each pixel: acc += broadcast(what its tap reads) * vectors
+//   pixel P-1 | acc  | acc  |
+//             +------+------+
+//
+// What a tap reads for a pixel is an address: pixels may lie anywhere, and outside of the image
+// they lie in a row of zeros.
+#pragma once
+
+#include "activation.h"
+#include "vec.h"
+
+namespace fastprune {
+namespace {
+
+constexpr int kMostPixels = 8;
+// 12 accumulators of 16 registers, and 3 for the operands; with one vector 8, as many chains of
+// sums as hide the latency of a multiply-add. Of AVX-512's 32 registers no more are used, since
+// each pixel takes a general register for its address.
+template <int Vectors>
+constexpr int kTilePixels = Vectors == 1 || FASTPRUNE_VECTOR_BYTES == 64 ? kMostPixels : 6;
+
+// One entry of a list: its block's weights, the place of its tap's addresses in the group's table,
+// and the first channel that it reads.
+template <class T>
+struct PixelEntry {
+  const T* weights;
+  int64_t sources;
+  int64_t channel;
+  int64_t steps;
+};
+
+// What becomes of the sums. Curved activations follow when they are stored.
+template <class T>
+struct PixelFinish {
+  const T* bias;  // whole vectors
+  bool clips;
+  T lowest, highest;
+  bool stream;  // past the caches
+};
+
+// Entries [entry, last) for pixels [0, Pixels): their sums go to targets[p][channel...].
+// Not inlined: among its callers' variables GCC keeps accumulators in memory.
+template <class T, int Vectors, int Pixels>
+__attribute__((noinline)) void pixel_tile(const PixelEntry<T>* entry, const PixelEntry<T>* last,
+                                          int64_t step_stride, const T* const* sources,
+                                          const PixelFinish<T>& finish, T* const* targets,
+                                          int64_t channel) {
+  using V = Vec<T, kLanes<T>>;
+  V acc[Pixels][Vectors] = {};
+  if (!finish.stream) {
+#pragma GCC unroll 8
+    for (int p = 0; p < Pixels; ++p) __builtin_prefetch(targets[p] + channel, 1);
+  }
+  for (; entry < last; ++entry) {
+    const T* pixels[Pixels];
+#pragma GCC unroll 8
+    for (int p = 0; p < Pixels; ++p) pixels[p] = sources[entry->sources + p] + entry->channel;
+    const T* w = entry->weights;
+    const int64_t steps = entry->steps;
+    for (int64_t b = 0; b < steps; ++b, w += step_stride) {
+      V weights[Vectors];
+#pragma GCC unroll 2
+      for (int v = 0; v < Vectors; ++v) weights[v] = load<V>(w + v * kLanes<T>);
+#pragma GCC unroll 8
+      for (int p = 0; p < Pixels; ++p) {
+        const V value = broadcast<V>(pixels[p][b]);
+#pragma GCC unroll 2
+        for (int v = 0; v < Vectors; ++v) acc[p][v] += value * weights[v];
+      }
+    }
+  }
+#pragma GCC unroll 2
+  for (int v = 0; v < Vectors; ++v) {
+    const V bias = load<V>(finish.bias + v * kLanes<T>);
+#pragma GCC unroll 8
+    for (int p = 0; p < Pixels; ++p) acc[p][v] += bias;
+  }
+  if (finish.clips) {
+    const V lowest = broadcast<V>(finish.lowest), highest = broadcast<V>(finish.highest);
+#pragma GCC unroll 8
+    for (int p = 0; p < Pixels; ++p) {
+#pragma GCC unroll 2
+      for (int v = 0; v < Vectors; ++v) {
+        // In this order NaN stays NaN.
+        const V raised = acc[p][v] < lowest ? lowest : acc[p][v];
+        acc[p][v] = raised > highest ? highest : raised;
+      }
+    }
+  }
+#pragma GCC unroll 8
+  for (int p = 0; p < Pixels; ++p) {
+#pragma GCC unroll 2
+    for (int v = 0; v < Vectors; ++v) {
+      if (finish.stream) {
+        stream(targets[p] + channel + v * kLanes<T>, acc[p][v]);
+      } else {
+        store(targets[p] + channel + v * kLanes<T>, acc[p][v]);
+      }
+    }
+  }
+}
+
+template <class T>
+using PixelTileFunction = void (*)(const PixelEntry<T>*, const PixelEntry<T>*, int64_t,
+                                   const T* const*, const PixelFinish<T>&, T* const*, int64_t);
+
+// The tile of a number of pixels, from 1 to kTilePixels.
+template <class T, int Vectors, int Pixels = kTilePixels<Vectors>>
+PixelTileFunction<T> pixel_tile_of(int64_t pixels) {
+  if constexpr (Pixels == 1) {
+    return pixel_tile<T, Vectors, 1>;
+  } else {
+    return pixels == Pixels ? pixel_tile<T, Vectors, Pixels>
+                            : pixel_tile_of<T, Vectors, Pixels - 1>(pixels);
+  }
+}
+
+}  // namespace
+}  // namespace fastprune
