@@ -159,11 +159,10 @@ void run_weight_gradient(const Tensor& grad_output, const Tensor& input, const T
                                 args.grad_output.width * grad_values.numel();
   if (kernels.serves_channels_last_weight_gradient(args)) {
     const ChannelsLastWeightGradientWork work = kernels.plan_channels_last_weight_gradient(args);
-    return parallel_kernel<T>(work.total, multiply_adds, work.scratch_size,
-                              [&](int64_t begin, int64_t end, T* scratch) {
-                                kernels.channels_last_weight_gradient(args, work, begin, end,
-                                                                      scratch);
-                              });
+    return parallel_kernel<T>(
+        work.total, multiply_adds, work.scratch_size, [&](int64_t begin, int64_t end, T* scratch) {
+          kernels.channels_last_weight_gradient(args, work, begin, end, scratch);
+        });
   }
   const BlockSparseConv2dWeightGradientWork work = kernels.plan_conv2d_weight_gradient(args);
   if (work.total == 0) return;

@@ -18,14 +18,11 @@ namespace {
 constexpr int64_t kGroupBytes = 256 << 10;
 // The table of their addresses, 8 bytes for each pixel and tap, is read from there as well.
 constexpr int64_t kMostGroupTiles = 32;
+// All weights pass by for each group.
+constexpr int64_t kLeastGroupTiles = 4;
 // Outputs from this size on are written past the caches, as in block_product.
 constexpr int64_t kStreamBytes = int64_t{4} << 20;
 constexpr int64_t kLineBytes = 64;
-
-template <class T>
-int64_t vectors_of(const BlockLists<T>& weight) {
-  return weight.outputs % (2 * kLanes<T>) == 0 ? 2 : 1;
-}
 
 bool is_curved(Activation activation) {
   return activation != Activation::kNone && activation != Activation::kRelu &&
@@ -42,8 +39,8 @@ struct Tables {
 
 template <class T>
 int64_t tables_bytes(const BlockConvolutionArgs<T>& args, const ChannelsLastWork& work) {
-  const int64_t bytes = work.entries * sizeof(PixelEntry<T>) +
-                        work.group_pixels * (args.num_taps + 1) * sizeof(T*);
+  const int64_t bytes =
+      work.entries * sizeof(PixelEntry<T>) + work.group_pixels * (args.num_taps + 1) * sizeof(T*);
   return ceil_divide(bytes, kLineBytes) * kLineBytes;
 }
 
@@ -68,7 +65,8 @@ int64_t first_tile(const ChannelsLastWork& work, int64_t group) {
 }
 
 int64_t first_pixel(const ChannelsLastWork& work, int64_t tile) {
-  return tile * work.pixels / work.tiles;
+  const int64_t larger = tile < work.larger_tiles ? tile : work.larger_tiles;
+  return tile * work.tile_pixels + larger;
 }
 
 // The addresses that pixels [first, last) read in a tap; `zeros` where that is outside the image.
@@ -77,26 +75,25 @@ void find_sources(const BlockConvolutionArgs<T>& args, const ConvolutionTap& tap
                   int64_t last, const T* zeros, const T** sources) {
   const auto& input = args.input;
   const int64_t step = args.column_step * input.column_stride;
-  for_each_row(args.output.height, args.output.width, first, last,
-               [&](int64_t image, int64_t row, int64_t column, int64_t count) {
-                 const int64_t input_row = row * args.row_step + tap.row;
-                 const bool reads = input_row >= 0 && input_row < input.height;
-                 const InsideRun inside = inside_run(tap.column, args.column_step, input.width,
-                                                     column, reads ? count : 0);
-                 for (int64_t i = 0; i < inside.first; ++i) sources[i] = zeros;
-                 if (inside.first < inside.last) {
-                   const int64_t input_column =
-                       (column + inside.first) * args.column_step + tap.column;
-                   const T* source = input.data + image * input.image_stride +
-                                     input_row * input.row_stride +
-                                     input_column * input.column_stride;
-                   const int64_t length = inside.last - inside.first;
-                   const T** at = sources + inside.first;
-                   for (int64_t i = 0; i < length; ++i) at[i] = source + i * step;
-                 }
-                 for (int64_t i = inside.last; i < count; ++i) sources[i] = zeros;
-                 sources += count;
-               });
+  for_each_row(
+      args.output.height, args.output.width, first, last,
+      [&](int64_t image, int64_t row, int64_t column, int64_t count) {
+        const int64_t input_row = row * args.row_step + tap.row;
+        const bool reads = input_row >= 0 && input_row < input.height;
+        const InsideRun inside =
+            inside_run(tap.column, args.column_step, input.width, column, reads ? count : 0);
+        for (int64_t i = 0; i < inside.first; ++i) sources[i] = zeros;
+        if (inside.first < inside.last) {
+          const int64_t input_column = (column + inside.first) * args.column_step + tap.column;
+          const T* source = input.data + image * input.image_stride + input_row * input.row_stride +
+                            input_column * input.column_stride;
+          const int64_t length = inside.last - inside.first;
+          const T** at = sources + inside.first;
+          for (int64_t i = 0; i < length; ++i) at[i] = source + i * step;
+        }
+        for (int64_t i = inside.last; i < count; ++i) sources[i] = zeros;
+        sources += count;
+      });
 }
 
 template <class T>
@@ -119,8 +116,8 @@ int64_t make_entries(const BlockConvolutionArgs<T>& args, const TapGrid& grid, i
   for_each_entry(args, grid, list,
                  [&](const T* weights, int64_t tap, int64_t channel, int64_t steps) {
                    if (weight.output_stride != 1) {
-                     transpose<T, true>(weights, weight.output_stride, weight.outputs,
-                                        weight.steps, packed, weight.outputs);
+                     transpose<T, true>(weights, weight.output_stride, weight.outputs, weight.steps,
+                                        packed, weight.outputs);
                      weights = packed;
                      packed += weight.outputs * weight.steps;
                    }
@@ -200,6 +197,9 @@ void convolve_list(const BlockConvolutionArgs<T>& args, const ChannelsLastWork& 
   const Activation activation = args.activation;
   const bool curved = is_curved(activation);
   const auto [first_channel, outputs] = outputs_of(args, list);
+  const auto smaller_tile = pixel_tile_of<T, Vectors>(work.tile_pixels);
+  const auto larger_tile = pixel_tile_of<T, Vectors>(work.tile_pixels + 1);
+  const int64_t last_tile = first_tile(work, group + 1);
   alignas(64) T bias[kWidth], buffer[kMostPixels * kWidth];
   T* buffer_targets[kMostPixels];
   for (int64_t p = 0; p < kMostPixels; ++p) buffer_targets[p] = buffer + p * kWidth;
@@ -212,18 +212,18 @@ void convolve_list(const BlockConvolutionArgs<T>& args, const ChannelsLastWork& 
     const int64_t count = outputs - output < kWidth ? outputs - output : kWidth;
     const bool whole = count == kWidth;
     finish.stream = work.stream_output && whole;
-    for (int64_t a = 0; a < kWidth; ++a) bias[a] = args.bias && a < count ? args.bias[channel + a] : T{};
+    for (int64_t a = 0; a < kWidth; ++a)
+      bias[a] = args.bias && a < count ? args.bias[channel + a] : T{};
     for (int64_t e = 0; output > 0 && e < entries; ++e) tables.entries[e].weights += kWidth;
-    const int64_t begin = first_pixel(work, first_tile(work, group));
-    for (int64_t t = first_tile(work, group); t < first_tile(work, group + 1); ++t) {
+    int64_t pixel = 0, pixels;
+    for (int64_t t = first_tile(work, group); t < last_tile; ++t, pixel += pixels) {
       next_group.turn();
-      const int64_t pixel = first_pixel(work, t) - begin;
-      const int64_t pixels = first_pixel(work, t + 1) - begin - pixel;
+      pixels = work.tile_pixels + (t < work.larger_tiles);
       T* const* targets = whole ? tables.targets + pixel : buffer_targets;
       const int64_t target_channel = whole ? channel : 0;
-      pixel_tile_of<T, Vectors>(pixels)(tables.entries, tables.entries + entries,
-                                        args.weight.outputs, tables.sources + pixel, finish,
-                                        targets, target_channel);
+      const auto tile = t < work.larger_tiles ? larger_tile : smaller_tile;
+      tile(tables.entries, tables.entries + entries, args.weight.outputs, tables.sources + pixel,
+           finish, targets, target_channel);
       if (curved) activate_in_place(activation, kWidth, targets, pixels, target_channel);
       if (!whole) store_part(buffer, kWidth, count, tables.targets + pixel, pixels, channel);
     }
@@ -242,7 +242,9 @@ int64_t group_tiles(const BlockConvolutionArgs<T>& args, int64_t tile_pixels) {
   const int64_t bytes = args.input.channels * static_cast<int64_t>(sizeof(T)) * args.row_step *
                         args.column_step * tile_pixels;
   const int64_t tiles = kGroupBytes / (bytes > 0 ? bytes : 1);
-  return tiles < 1 ? 1 : tiles < kMostGroupTiles ? tiles : kMostGroupTiles;
+  return tiles < kLeastGroupTiles  ? kLeastGroupTiles
+         : tiles < kMostGroupTiles ? tiles
+                                   : kMostGroupTiles;
 }
 
 }  // namespace
@@ -258,12 +260,14 @@ ChannelsLastWork plan_channels_last_convolution(const BlockConvolutionArgs<T>& a
                                                 int64_t threads) {
   const auto& output = args.output;
   const auto& weight = args.weight;
-  const int64_t vectors = vectors_of(weight);
-  const int64_t tile_pixels = vectors == 1 ? kTilePixels<1> : kTilePixels<2>;
   ChannelsLastWork work;
+  work.vectors = weight.outputs % (2 * kLanes<T>) == 0 ? 2 : 1;
+  const int64_t most_pixels = work.vectors == 1 ? kTilePixels<1> : kTilePixels<2>;
   work.pixels = output.images * output.height * output.width;
-  work.tiles = ceil_divide(work.pixels, tile_pixels);
-  work.groups = ceil_divide(work.tiles, group_tiles(args, tile_pixels));
+  work.tiles = ceil_divide(work.pixels, most_pixels);
+  work.tile_pixels = work.pixels / work.tiles;
+  work.larger_tiles = work.pixels % work.tiles;
+  work.groups = ceil_divide(work.tiles, group_tiles(args, most_pixels));
   const int64_t weight_bytes = weight.offsets[weight.lists] * weight.outputs * weight.steps *
                                static_cast<int64_t>(sizeof(T));
   // A multiple of the threads, so that few groups are looked up by two of them; but small images
@@ -278,17 +282,17 @@ ChannelsLastWork plan_channels_last_convolution(const BlockConvolutionArgs<T>& a
     const int64_t entries = weight.offsets[list + 1] - weight.offsets[list];
     if (entries > work.entries) work.entries = entries;
   }
-  const int64_t slice_bytes = vectors * kLanes<T> * static_cast<int64_t>(sizeof(T));
+  const int64_t slice_bytes = work.vectors * kLanes<T> * static_cast<int64_t>(sizeof(T));
   constexpr int64_t kLine = kLineBytes / sizeof(T);
-  work.stream_output = kCanStream && slice_bytes % kLineBytes == 0 &&
-                       !is_curved(args.activation) && bytes_of(output) >= kStreamBytes &&
-                       output.channels % kLine == 0 && output.image_stride % kLine == 0 &&
-                       output.row_stride % kLine == 0 && output.column_stride % kLine == 0 &&
+  work.stream_output = kCanStream && slice_bytes % kLineBytes == 0 && !is_curved(args.activation) &&
+                       bytes_of(output) >= kStreamBytes && output.channels % kLine == 0 &&
+                       output.image_stride % kLine == 0 && output.row_stride % kLine == 0 &&
+                       output.column_stride % kLine == 0 &&
                        reinterpret_cast<uintptr_t>(output.data) % kLineBytes == 0;
   work.group_pixels = 0;
   for (int64_t group = 0; group < work.groups; ++group) {
-    const int64_t pixels = first_pixel(work, first_tile(work, group + 1)) -
-                           first_pixel(work, first_tile(work, group));
+    const int64_t pixels =
+        first_pixel(work, first_tile(work, group + 1)) - first_pixel(work, first_tile(work, group));
     if (pixels > work.group_pixels) work.group_pixels = pixels;
   }
   work.tables_size = tables_bytes(args, work);
@@ -307,7 +311,7 @@ void channels_last_convolution(const BlockConvolutionArgs<T>& args, const Channe
   T* packed = zeros + zeros_size(args);
   for (int64_t c = 0; c < args.input.channels; ++c) zeros[c] = T{};
   const TapGrid grid = grid_of(args, 0, 0);
-  const auto convolve = vectors_of(args.weight) == 1 ? convolve_list<T, 1> : convolve_list<T, 2>;
+  const auto convolve = work.vectors == 1 ? convolve_list<T, 1> : convolve_list<T, 2>;
   const auto convolve_group = [&](int64_t group, int64_t first_list, int64_t last_list) {
     const int64_t tiles = first_tile(work, group + 1) - first_tile(work, group);
     const int64_t first = first_pixel(work, first_tile(work, group));
@@ -319,7 +323,8 @@ void channels_last_convolution(const BlockConvolutionArgs<T>& args, const Channe
     Fetch next_group(group_address(args, work, group + 1), group_address(args, work, group + 2),
                      tiles * (last_list - first_list));
     for (int64_t list = first_list; list < last_list; ++list) {
-      const int64_t entries = make_entries(args, grid, list, work.group_pixels, tables.entries, packed);
+      const int64_t entries =
+          make_entries(args, grid, list, work.group_pixels, tables.entries, packed);
       convolve(args, work, tables, group, list, entries, next_group);
     }
   };
@@ -335,8 +340,8 @@ template ChannelsLastWork plan_channels_last_convolution(const BlockConvolutionA
                                                          int64_t);
 template ChannelsLastWork plan_channels_last_convolution(const BlockConvolutionArgs<double>&,
                                                          int64_t);
-template void channels_last_convolution(const BlockConvolutionArgs<float>&,
-                                        const ChannelsLastWork&, int64_t, int64_t, float*);
+template void channels_last_convolution(const BlockConvolutionArgs<float>&, const ChannelsLastWork&,
+                                        int64_t, int64_t, float*);
 template void channels_last_convolution(const BlockConvolutionArgs<double>&,
                                         const ChannelsLastWork&, int64_t, int64_t, double*);
 

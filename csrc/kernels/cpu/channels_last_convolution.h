@@ -9,12 +9,15 @@
 namespace fastprune {
 
 // How the work is cut. Output pixels are numbered image by image, row by row, and cut into tiles
-// of a few: tile t has pixels [t * pixels / tiles, (t + 1) * pixels / tiles), of any rows. A unit
-// is a tile; units form groups whose inputs stay in the second-level cache, and the grid of
-// (group, list) is walked group by group.
+// of a few, of any rows: the first `larger_tiles` have one more than the others. A unit is a tile;
+// units form groups whose inputs stay in the second-level cache, and the grid of (group, list) is
+// walked group by group.
 struct ChannelsLastWork {
+  int64_t vectors;  // of outputs in a tile
   int64_t pixels;
   int64_t tiles;
+  int64_t tile_pixels;  // of the tiles from larger_tiles on
+  int64_t larger_tiles;
   int64_t groups;        // group g has tiles [g * tiles / groups, (g + 1) * tiles / groups)
   int64_t total;         // positions of the grid: tiles * (entries + lists)
   int64_t group_pixels;  // of the largest group

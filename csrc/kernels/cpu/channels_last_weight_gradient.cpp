@@ -5,7 +5,8 @@
 //   column 0     | acc  | acc  |   for each output pixel of a chunk for which the block's tap
 //   column 1     | acc  | acc  |   reads within the image:
 //     ...        |      |      |     load the V vectors of its gradient
-//   column C-1   | acc  | acc  |     for each column: acc += broadcast(what the tap reads) * vectors
+//   column C-1   | acc  | acc  |     for each column: acc += broadcast(what the tap reads) *
+//   vectors
 //                +------+------+
 #include "channels_last_weight_gradient.h"
 
@@ -163,8 +164,7 @@ ChannelsLastWeightGradientWork plan_channels_last_weight_gradient(
   work.pixels = gradient.images * gradient.height * gradient.width;
   work.chunks = ceil_divide(work.pixels, kChunkPixels);
   work.total = args.crow_indices[args.block_rows];
-  const int64_t bytes =
-      args.num_taps * (sizeof(TapPairs<T>) + kChunkPixels * sizeof(PixelPair<T>));
+  const int64_t bytes = args.num_taps * (sizeof(TapPairs<T>) + kChunkPixels * sizeof(PixelPair<T>));
   work.scratch_size = ceil_divide(bytes, sizeof(T));
   return work;
 }
@@ -203,13 +203,13 @@ void channels_last_weight_gradient(const BlockSparseConv2dWeightGradientArgs<T>&
   }
 }
 
-#define FASTPRUNE_INSTANTIATE(T)                                                                  \
-  template bool serves_channels_last_weight_gradient(                                             \
-      const BlockSparseConv2dWeightGradientArgs<T>&);                                             \
-  template ChannelsLastWeightGradientWork plan_channels_last_weight_gradient(                     \
-      const BlockSparseConv2dWeightGradientArgs<T>&);                                             \
-  template void channels_last_weight_gradient(const BlockSparseConv2dWeightGradientArgs<T>&,      \
-                                              const ChannelsLastWeightGradientWork&, int64_t,     \
+#define FASTPRUNE_INSTANTIATE(T)                                                              \
+  template bool serves_channels_last_weight_gradient(                                         \
+      const BlockSparseConv2dWeightGradientArgs<T>&);                                         \
+  template ChannelsLastWeightGradientWork plan_channels_last_weight_gradient(                 \
+      const BlockSparseConv2dWeightGradientArgs<T>&);                                         \
+  template void channels_last_weight_gradient(const BlockSparseConv2dWeightGradientArgs<T>&,  \
+                                              const ChannelsLastWeightGradientWork&, int64_t, \
                                               int64_t, T*);
 
 FASTPRUNE_INSTANTIATE(float)

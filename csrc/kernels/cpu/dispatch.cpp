@@ -7,84 +7,83 @@
 namespace fastprune {
 
 // Each kernel file is compiled once per instruction set, into a namespace of that name.
-#define FASTPRUNE_DECLARE_KERNELS(isa)                                                           \
-  namespace isa {                                                                                \
-  template <class T>                                                                             \
-  BlockProductWork plan_block_product(const BlockProductArgs<T>&, int64_t);                      \
-  template <class T>                                                                             \
-  void block_product(const BlockProductArgs<T>&, const BlockProductWork&, int64_t, int64_t, T*); \
-  template <class T>                                                                             \
-  BlockConvolutionWork plan_block_convolution(const BlockConvolutionArgs<T>&, int64_t);          \
-  template <class T>                                                                             \
-  void block_convolution(const BlockConvolutionArgs<T>&, const BlockConvolutionWork&, int64_t,   \
-                         int64_t, T*);                                                           \
-  template <class T>                                                                             \
-  bool serves_channels_last_convolution(const BlockConvolutionArgs<T>&);                         \
-  template <class T>                                                                             \
-  ChannelsLastWork plan_channels_last_convolution(const BlockConvolutionArgs<T>&, int64_t);      \
-  template <class T>                                                                             \
-  void channels_last_convolution(const BlockConvolutionArgs<T>&, const ChannelsLastWork&,        \
-                                 int64_t, int64_t, T*);                                          \
-  template <class T>                                                                             \
-  BlockSparseLinearWeightGradientWork plan_block_sparse_linear_weight_gradient(                  \
-      const BlockSparseLinearWeightGradientArgs<T>&);                                            \
-  template <class T>                                                                             \
-  void block_sparse_linear_weight_gradient(const BlockSparseLinearWeightGradientArgs<T>&,        \
-                                           const BlockSparseLinearWeightGradientWork&, int64_t,  \
-                                           int64_t, T*);                                         \
-  template <class T>                                                                             \
-  BlockSparseConv2dWeightGradientWork plan_block_sparse_conv2d_weight_gradient(                  \
-      const BlockSparseConv2dWeightGradientArgs<T>&);                                            \
-  template <class T>                                                                             \
-  void copy_conv2d_planes(const BlockSparseConv2dWeightGradientArgs<T>&,                         \
-                          const BlockSparseConv2dWeightGradientWork&, int64_t, int64_t, T*);     \
-  template <class T>                                                                             \
-  void block_sparse_conv2d_weight_gradient(const BlockSparseConv2dWeightGradientArgs<T>&,        \
-                                           const BlockSparseConv2dWeightGradientWork&, const T*, \
-                                           int64_t, int64_t);                                    \
-  template <class T>                                                                             \
-  bool serves_channels_last_weight_gradient(const BlockSparseConv2dWeightGradientArgs<T>&);      \
-  template <class T>                                                                             \
-  ChannelsLastWeightGradientWork plan_channels_last_weight_gradient(                             \
-      const BlockSparseConv2dWeightGradientArgs<T>&);                                            \
-  template <class T>                                                                             \
-  void channels_last_weight_gradient(const BlockSparseConv2dWeightGradientArgs<T>&,              \
-                                     const ChannelsLastWeightGradientWork&, int64_t, int64_t,    \
-                                     T*);                                                        \
-  template <class T>                                                                             \
-  int64_t ablated_cross_entropy_scratch(const AblatedCrossEntropyArgs<T>&);                      \
-  template <class T>                                                                             \
-  void ablated_cross_entropy(const AblatedCrossEntropyArgs<T>&, int64_t, int64_t, T*);           \
-  template <class T>                                                                             \
-  int64_t ablated_mlp_cross_entropy_scratch(const AblatedMlpCrossEntropyArgs<T>&);               \
-  template <class T>                                                                             \
-  void ablated_mlp_cross_entropy(const AblatedMlpCrossEntropyArgs<T>&, int64_t, int64_t, T*);    \
-  template <class T>                                                                             \
-  int64_t ablate_linear_scratch(const AblateLinearArgs<T>&);                                     \
-  template <class T>                                                                             \
-  void ablate_linear(const AblateLinearArgs<T>&, int64_t, int64_t, T*);                          \
-  template <class T>                                                                             \
-  constexpr CpuKernelsOf<T> kTable = {plan_block_product<T>,                                     \
-                                      block_product<T>,                                          \
-                                      plan_block_convolution<T>,                                 \
-                                      block_convolution<T>,                                      \
-                                      serves_channels_last_convolution<T>,                       \
-                                      plan_channels_last_convolution<T>,                         \
-                                      channels_last_convolution<T>,                              \
-                                      plan_block_sparse_linear_weight_gradient<T>,               \
-                                      block_sparse_linear_weight_gradient<T>,                    \
-                                      plan_block_sparse_conv2d_weight_gradient<T>,               \
-                                      copy_conv2d_planes<T>,                                     \
-                                      block_sparse_conv2d_weight_gradient<T>,                    \
-                                      serves_channels_last_weight_gradient<T>,                   \
-                                      plan_channels_last_weight_gradient<T>,                     \
-                                      channels_last_weight_gradient<T>,                          \
-                                      ablated_cross_entropy_scratch<T>,                          \
-                                      ablated_cross_entropy<T>,                                  \
-                                      ablated_mlp_cross_entropy_scratch<T>,                      \
-                                      ablated_mlp_cross_entropy<T>,                              \
-                                      ablate_linear_scratch<T>,                                  \
-                                      ablate_linear<T>};                                         \
+#define FASTPRUNE_DECLARE_KERNELS(isa)                                                             \
+  namespace isa {                                                                                  \
+  template <class T>                                                                               \
+  BlockProductWork plan_block_product(const BlockProductArgs<T>&, int64_t);                        \
+  template <class T>                                                                               \
+  void block_product(const BlockProductArgs<T>&, const BlockProductWork&, int64_t, int64_t, T*);   \
+  template <class T>                                                                               \
+  BlockConvolutionWork plan_block_convolution(const BlockConvolutionArgs<T>&, int64_t);            \
+  template <class T>                                                                               \
+  void block_convolution(const BlockConvolutionArgs<T>&, const BlockConvolutionWork&, int64_t,     \
+                         int64_t, T*);                                                             \
+  template <class T>                                                                               \
+  bool serves_channels_last_convolution(const BlockConvolutionArgs<T>&);                           \
+  template <class T>                                                                               \
+  ChannelsLastWork plan_channels_last_convolution(const BlockConvolutionArgs<T>&, int64_t);        \
+  template <class T>                                                                               \
+  void channels_last_convolution(const BlockConvolutionArgs<T>&, const ChannelsLastWork&, int64_t, \
+                                 int64_t, T*);                                                     \
+  template <class T>                                                                               \
+  BlockSparseLinearWeightGradientWork plan_block_sparse_linear_weight_gradient(                    \
+      const BlockSparseLinearWeightGradientArgs<T>&);                                              \
+  template <class T>                                                                               \
+  void block_sparse_linear_weight_gradient(const BlockSparseLinearWeightGradientArgs<T>&,          \
+                                           const BlockSparseLinearWeightGradientWork&, int64_t,    \
+                                           int64_t, T*);                                           \
+  template <class T>                                                                               \
+  BlockSparseConv2dWeightGradientWork plan_block_sparse_conv2d_weight_gradient(                    \
+      const BlockSparseConv2dWeightGradientArgs<T>&);                                              \
+  template <class T>                                                                               \
+  void copy_conv2d_planes(const BlockSparseConv2dWeightGradientArgs<T>&,                           \
+                          const BlockSparseConv2dWeightGradientWork&, int64_t, int64_t, T*);       \
+  template <class T>                                                                               \
+  void block_sparse_conv2d_weight_gradient(const BlockSparseConv2dWeightGradientArgs<T>&,          \
+                                           const BlockSparseConv2dWeightGradientWork&, const T*,   \
+                                           int64_t, int64_t);                                      \
+  template <class T>                                                                               \
+  bool serves_channels_last_weight_gradient(const BlockSparseConv2dWeightGradientArgs<T>&);        \
+  template <class T>                                                                               \
+  ChannelsLastWeightGradientWork plan_channels_last_weight_gradient(                               \
+      const BlockSparseConv2dWeightGradientArgs<T>&);                                              \
+  template <class T>                                                                               \
+  void channels_last_weight_gradient(const BlockSparseConv2dWeightGradientArgs<T>&,                \
+                                     const ChannelsLastWeightGradientWork&, int64_t, int64_t, T*); \
+  template <class T>                                                                               \
+  int64_t ablated_cross_entropy_scratch(const AblatedCrossEntropyArgs<T>&);                        \
+  template <class T>                                                                               \
+  void ablated_cross_entropy(const AblatedCrossEntropyArgs<T>&, int64_t, int64_t, T*);             \
+  template <class T>                                                                               \
+  int64_t ablated_mlp_cross_entropy_scratch(const AblatedMlpCrossEntropyArgs<T>&);                 \
+  template <class T>                                                                               \
+  void ablated_mlp_cross_entropy(const AblatedMlpCrossEntropyArgs<T>&, int64_t, int64_t, T*);      \
+  template <class T>                                                                               \
+  int64_t ablate_linear_scratch(const AblateLinearArgs<T>&);                                       \
+  template <class T>                                                                               \
+  void ablate_linear(const AblateLinearArgs<T>&, int64_t, int64_t, T*);                            \
+  template <class T>                                                                               \
+  constexpr CpuKernelsOf<T> kTable = {plan_block_product<T>,                                       \
+                                      block_product<T>,                                            \
+                                      plan_block_convolution<T>,                                   \
+                                      block_convolution<T>,                                        \
+                                      serves_channels_last_convolution<T>,                         \
+                                      plan_channels_last_convolution<T>,                           \
+                                      channels_last_convolution<T>,                                \
+                                      plan_block_sparse_linear_weight_gradient<T>,                 \
+                                      block_sparse_linear_weight_gradient<T>,                      \
+                                      plan_block_sparse_conv2d_weight_gradient<T>,                 \
+                                      copy_conv2d_planes<T>,                                       \
+                                      block_sparse_conv2d_weight_gradient<T>,                      \
+                                      serves_channels_last_weight_gradient<T>,                     \
+                                      plan_channels_last_weight_gradient<T>,                       \
+                                      channels_last_weight_gradient<T>,                            \
+                                      ablated_cross_entropy_scratch<T>,                            \
+                                      ablated_cross_entropy<T>,                                    \
+                                      ablated_mlp_cross_entropy_scratch<T>,                        \
+                                      ablated_mlp_cross_entropy<T>,                                \
+                                      ablate_linear_scratch<T>,                                    \
+                                      ablate_linear<T>};                                           \
   }
 
 FASTPRUNE_DECLARE_KERNELS(baseline)
