@@ -3,81 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 import fastprune as fp
+from convolution_layers import KINDS, RESNET, RESNET_32, Layer, make_convolution
 from fastprune import ops
-from fastprune.timing import interleaved_medians
-from harness import THREADS, measure, onnxruntime_session, threads
+from harness import THREADS, faster, measure, onnxruntime_session, threads
 from layers import assert_close, name_of
 
 FORMATS = (torch.contiguous_format, torch.channels_last)
-
-
-class Layer(NamedTuple):
-    """A square convolution of square images."""
-
-    size: int
-    in_channels: int
-    out_channels: int
-    kernel_size: int = 3
-    stride: int = 1
-
-    def __str__(self) -> str:
-        kernel = f"{self.kernel_size}x{self.kernel_size}" + (f"/{self.stride}" if self.stride > 1 else "")
-        return f"{kernel} {self.in_channels}-{self.out_channels} of {self.size}x{self.size}"
-
-
-# ResNet-18 (He et al. 2016, table 1) for images of 224x224 and of 32x32, and what VGG-16 adds.
-RESNET = tuple(
-    Layer(size, channels, channels) for size, channels in ((56, 64), (28, 128), (14, 256), (7, 512))
-)
-RESNET_32 = tuple(
-    Layer(size, channels, channels) for size, channels in ((32, 64), (16, 128), (8, 256), (4, 512))
-)
-VGG = tuple(
-    Layer(size, channels, channels) for size, channels in ((112, 128), (56, 256), (28, 512), (14, 512))
-)
-STRIDED = tuple(
-    Layer(size, channels, 2 * channels, 3, 2)
-    for size, channels in ((56, 64), (28, 128), (14, 256), (32, 64), (16, 128), (8, 256))
-)
-# Expansions and projections of EfficientNet-Lite0 (Tan and Le 2019, table 1).
-POINTWISE = tuple(
-    Layer(size, inputs, outputs, 1)
-    for size, inputs, outputs in (
-        (56, 96, 24), (56, 24, 144), (28, 144, 40), (28, 40, 240), (14, 480, 112), (14, 112, 672),
-        (7, 672, 192), (7, 192, 1152), (7, 320, 1280),
-    )
-)  # fmt: skip
-KINDS = {
-    **dict.fromkeys(RESNET + RESNET_32 + VGG, "convolution 3x3"),
-    **dict.fromkeys(STRIDED, "convolution 3x3, stride 2"),
-    **dict.fromkeys(POINTWISE, "convolution 1x1"),
-}
-
-
-def make_convolution(layer: Layer, blocksize: tuple[int, int], sparsity: float) -> fp.BlockSparseConv2d:
-    """Return a layer with blocks kept at random."""
-    torch.manual_seed(0)
-    conv = nn.Conv2d(
-        layer.in_channels, layer.out_channels, layer.kernel_size, layer.stride, layer.kernel_size // 2
-    )
-    grid = fp.Block(*blocksize).shape(conv.weight.shape)
-    order = torch.rand(grid).flatten().argsort()
-    mask = torch.ones(len(order), dtype=torch.bool)
-    mask[order[: round(sparsity * len(order))]] = False
-    return fp.BlockSparseConv2d.from_dense(conv, blocksize, mask.view(grid))
-
-
-def faster(candidates: list[Callable[[], Any]]) -> Callable[[], Any]:
-    """Return the fastest of some functions."""
-    seconds = interleaved_medians(candidates, repeats=5, warmup=1, minimum_seconds=5e-3)
-    return candidates[seconds.index(min(seconds))]
 
 
 def weights_density(sparse: fp.BlockSparseConv2d, layer: Layer) -> float:

@@ -10,7 +10,8 @@ import torch
 from torch import nn
 
 import fastprune as fp
-from harness import THREADS, measure, threads
+from convolution_layers import KINDS, Layer, make_dense
+from harness import THREADS, faster, measure, threads
 from layers import SAMPLES, SHAPES, assert_close, name_of
 
 
@@ -42,6 +43,40 @@ def bench_sparsified(
             group=f"sparsify_ {name_of(shape)}, N = {samples}, {thread_count} threads",
             kind="model after sparsify_",
             blocksize="16x16" if isinstance(converted[0], fp.BlockSparseLinear) else "dense",
+            sparsity=sparsity,
+        )
+
+
+def masked_convolution(layer: Layer, sparsity: float) -> nn.Module:
+    model = nn.Sequential(make_dense(layer))
+    scores = fp.score(model, None, criterion="magnitude", granularity=fp.Block(16, 16), progress=False)
+    return fp.apply_masks_(model, scores.select(sparsity=sparsity))
+
+
+@pytest.mark.parametrize("thread_count", THREADS)
+@pytest.mark.parametrize("sparsity", [0.0, 0.5, 0.75, 0.9])
+@pytest.mark.parametrize("images", [1, 8])
+@pytest.mark.parametrize("layer", KINDS, ids=str)
+@torch.no_grad()
+def bench_sparsified_convolution(
+    benchmark, layer: Layer, images: int, sparsity: float, thread_count: int
+) -> None:
+    """A convolution after sparsify_ against itself with its masks taken off, in the faster memory format."""
+    model = masked_convolution(layer, sparsity)
+    input = torch.randn(images, layer.in_channels, layer.size, layer.size)
+    dense = fp.remove_masks_(copy.deepcopy(model)).eval()
+    with threads(thread_count):
+        converted = fp.sparsify_(model, example_inputs=input).eval()
+        sides = [dense, copy.deepcopy(dense).to(memory_format=torch.channels_last)]
+        theirs = faster([lambda side=side: side(input) for side in sides])
+        measure(
+            benchmark,
+            lambda: converted(input),
+            theirs,
+            check=assert_close,
+            group=f"sparsify_ {layer}, N = {images}, {thread_count} threads",
+            kind="convolution after sparsify_",
+            blocksize="16x16" if isinstance(converted[0], fp.BlockSparseConv2d) else "dense",
             sparsity=sparsity,
         )
 

@@ -28,6 +28,12 @@ def threads(count: int) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
+def faster(candidates: list[Callable[[], Any]]) -> Callable[[], Any]:
+    """Return the fastest of some functions."""
+    seconds = interleaved_medians(candidates, repeats=5, warmup=1, minimum_seconds=5e-3)
+    return candidates[seconds.index(min(seconds))]
+
+
 def measure_once(
     benchmark: Any,
     ours: Callable[[], Any],
