@@ -126,26 +126,6 @@ int64_t make_entries(const BlockConvolutionArgs<T>& args, const TapGrid& grid, i
   return count;
 }
 
-// Lines of memory that the next group reads, fetched a few at a time.
-class Fetch {
- public:
-  // Addresses [begin, end), in `turns` turns.
-  Fetch(int64_t begin, int64_t end, int64_t turns)
-      : address_(begin), end_(end), bytes_a_turn_(ceil_divide(end - begin, turns)) {}
-
-  void turn() {
-    const int64_t end = address_ + bytes_a_turn_ < end_ ? address_ + bytes_a_turn_ : end_;
-    for (; address_ < end; address_ += kLineBytes) {
-      __builtin_prefetch(reinterpret_cast<const void*>(address_));
-    }
-  }
-
- private:
-  int64_t address_;
-  int64_t end_;
-  int64_t bytes_a_turn_;
-};
-
 // Where what a group reads first lies, past what the group before it reads; not a pointer, since
 // it may lie outside of the images.
 template <class T>
@@ -197,9 +177,9 @@ void convolve_list(const BlockConvolutionArgs<T>& args, const ChannelsLastWork& 
   const Activation activation = args.activation;
   const bool curved = is_curved(activation);
   const auto [first_channel, outputs] = outputs_of(args, list);
-  const auto smaller_tile = pixel_tile_of<T, Vectors>(work.tile_pixels);
-  const auto larger_tile = pixel_tile_of<T, Vectors>(work.tile_pixels + 1);
-  const int64_t last_tile = first_tile(work, group + 1);
+  const auto smaller_tiles = pixel_tiles_of<T, Vectors>(work.tile_pixels);
+  const auto larger_tiles = pixel_tiles_of<T, Vectors>(work.tile_pixels + 1);
+  const int64_t first = first_tile(work, group), last_tile = first_tile(work, group + 1);
   alignas(64) T bias[kWidth], buffer[kMostPixels * kWidth];
   T* buffer_targets[kMostPixels];
   for (int64_t p = 0; p < kMostPixels; ++p) buffer_targets[p] = buffer + p * kWidth;
@@ -215,17 +195,23 @@ void convolve_list(const BlockConvolutionArgs<T>& args, const ChannelsLastWork& 
     for (int64_t a = 0; a < kWidth; ++a)
       bias[a] = args.bias && a < count ? args.bias[channel + a] : T{};
     for (int64_t e = 0; output > 0 && e < entries; ++e) tables.entries[e].weights += kWidth;
-    int64_t pixel = 0, pixels;
-    for (int64_t t = first_tile(work, group); t < last_tile; ++t, pixel += pixels) {
-      next_group.turn();
-      pixels = work.tile_pixels + (t < work.larger_tiles);
+    // Tiles of one size, one after the other; one by one where something follows.
+    const int64_t step = whole && !curved ? last_tile - first : 1;
+    int64_t pixel = 0, tiles;
+    for (int64_t t = first; t < last_tile; t += tiles) {
+      const bool larger = t < work.larger_tiles;
+      const int64_t pixels = work.tile_pixels + larger;
+      const int64_t same_end =
+          larger && work.larger_tiles < last_tile ? work.larger_tiles : last_tile;
+      tiles = same_end - t < step ? same_end - t : step;
       T* const* targets = whole ? tables.targets + pixel : buffer_targets;
       const int64_t target_channel = whole ? channel : 0;
-      const auto tile = t < work.larger_tiles ? larger_tile : smaller_tile;
-      tile(tables.entries, tables.entries + entries, args.weight.outputs, tables.sources + pixel,
-           finish, targets, target_channel);
+      const auto convolve = larger ? larger_tiles : smaller_tiles;
+      convolve(tables.entries, tables.entries + entries, args.weight.outputs,
+               tables.sources + pixel, finish, targets, target_channel, tiles, next_group);
       if (curved) activate_in_place(activation, kWidth, targets, pixels, target_channel);
       if (!whole) store_part(buffer, kWidth, count, tables.targets + pixel, pixels, channel);
+      pixel += tiles * pixels;
     }
   }
 }

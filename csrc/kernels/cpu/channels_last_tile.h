@@ -25,6 +25,28 @@ constexpr int kMostPixels = 10;
 template <int Vectors>
 constexpr int kTilePixels = Vectors == 1 || FASTPRUNE_VECTOR_BYTES == 64 ? kMostPixels : 6;
 
+// Lines of memory that the next group reads, fetched a few at a time.
+class Fetch {
+ public:
+  // Addresses [begin, end), in `turns` turns.
+  Fetch(int64_t begin, int64_t end, int64_t turns)
+      : address_(begin),
+        end_(end),
+        bytes_a_turn_(turns > 0 ? (end - begin + turns - 1) / turns : 0) {}
+
+  void turn() {
+    const int64_t end = address_ + bytes_a_turn_ < end_ ? address_ + bytes_a_turn_ : end_;
+    for (; address_ < end; address_ += 64) {
+      __builtin_prefetch(reinterpret_cast<const void*>(address_));
+    }
+  }
+
+ private:
+  int64_t address_;
+  int64_t end_;
+  int64_t bytes_a_turn_;
+};
+
 // One entry of a list: its block's weights, the place of its tap's addresses in the group's table,
 // and the first channel that it reads.
 template <class T>
@@ -44,82 +66,87 @@ struct PixelFinish {
   bool stream;  // past the caches
 };
 
-// Entries [entry, last) for pixels [0, Pixels): their sums go to targets[p][channel...].
+// Entries [begin, end) for `tiles` tiles, one after the other: their sums go to
+// targets[p][channel...].
 // Not inlined: among its callers' variables GCC keeps accumulators in memory.
 template <class T, int Vectors, int Pixels>
-__attribute__((noinline)) void pixel_tile(const PixelEntry<T>* entry, const PixelEntry<T>* last,
-                                          int64_t step_stride, const T* const* sources,
-                                          const PixelFinish<T>& finish, T* const* targets,
-                                          int64_t channel) {
+__attribute__((noinline)) void pixel_tiles(const PixelEntry<T>* begin, const PixelEntry<T>* end,
+                                           int64_t step_stride, const T* const* sources,
+                                           const PixelFinish<T>& finish, T* const* targets,
+                                           int64_t channel, int64_t tiles, Fetch& next_group) {
   using V = Vec<T, kLanes<T>>;
-  V acc[Pixels][Vectors] = {};
   const bool past_caches = finish.stream;
-  if (!past_caches) {
+  for (; tiles > 0; --tiles, sources += Pixels, targets += Pixels) {
+    next_group.turn();
+    V acc[Pixels][Vectors] = {};
+    if (!past_caches) {
 #pragma GCC unroll 10
-    for (int p = 0; p < Pixels; ++p) __builtin_prefetch(targets[p] + channel, 1);
-  }
-  for (; entry < last; ++entry) {
-    const T* pixels[Pixels];
+      for (int p = 0; p < Pixels; ++p) __builtin_prefetch(targets[p] + channel, 1);
+    }
+    for (const PixelEntry<T>* entry = begin; entry < end; ++entry) {
+      const T* pixels[Pixels];
 #pragma GCC unroll 10
-    for (int p = 0; p < Pixels; ++p) pixels[p] = sources[entry->sources + p] + entry->channel;
-    const T* w = entry->weights;
-    const int64_t steps = entry->steps;
-    for (int64_t b = 0; b < steps; ++b, w += step_stride) {
-      V weights[Vectors];
+      for (int p = 0; p < Pixels; ++p) pixels[p] = sources[entry->sources + p] + entry->channel;
+      const T* w = entry->weights;
+      const int64_t steps = entry->steps;
+      for (int64_t b = 0; b < steps; ++b, w += step_stride) {
+        V weights[Vectors];
 #pragma GCC unroll 2
-      for (int v = 0; v < Vectors; ++v) weights[v] = load<V>(w + v * kLanes<T>);
+        for (int v = 0; v < Vectors; ++v) weights[v] = load<V>(w + v * kLanes<T>);
+#pragma GCC unroll 10
+        for (int p = 0; p < Pixels; ++p) {
+          const V value = broadcast<V>(pixels[p][b]);
+#pragma GCC unroll 2
+          for (int v = 0; v < Vectors; ++v) acc[p][v] += value * weights[v];
+        }
+      }
+    }
+#pragma GCC unroll 2
+    for (int v = 0; v < Vectors; ++v) {
+      const V bias = load<V>(finish.bias + v * kLanes<T>);
+#pragma GCC unroll 10
+      for (int p = 0; p < Pixels; ++p) acc[p][v] += bias;
+    }
+    if (finish.clips) {
+      const V lowest = broadcast<V>(finish.lowest), highest = broadcast<V>(finish.highest);
 #pragma GCC unroll 10
       for (int p = 0; p < Pixels; ++p) {
-        const V value = broadcast<V>(pixels[p][b]);
 #pragma GCC unroll 2
-        for (int v = 0; v < Vectors; ++v) acc[p][v] += value * weights[v];
+        for (int v = 0; v < Vectors; ++v) {
+          // In this order NaN stays NaN.
+          const V raised = acc[p][v] < lowest ? lowest : acc[p][v];
+          acc[p][v] = raised > highest ? highest : raised;
+        }
       }
     }
-  }
-#pragma GCC unroll 2
-  for (int v = 0; v < Vectors; ++v) {
-    const V bias = load<V>(finish.bias + v * kLanes<T>);
+    if (past_caches) {
 #pragma GCC unroll 10
-    for (int p = 0; p < Pixels; ++p) acc[p][v] += bias;
-  }
-  if (finish.clips) {
-    const V lowest = broadcast<V>(finish.lowest), highest = broadcast<V>(finish.highest);
-#pragma GCC unroll 10
-    for (int p = 0; p < Pixels; ++p) {
+      for (int p = 0; p < Pixels; ++p) {
+        T* target = targets[p] + channel;
 #pragma GCC unroll 2
-      for (int v = 0; v < Vectors; ++v) {
-        // In this order NaN stays NaN.
-        const V raised = acc[p][v] < lowest ? lowest : acc[p][v];
-        acc[p][v] = raised > highest ? highest : raised;
+        for (int v = 0; v < Vectors; ++v) stream(target + v * kLanes<T>, acc[p][v]);
       }
-    }
-  }
-  if (past_caches) {
+    } else {
 #pragma GCC unroll 10
-    for (int p = 0; p < Pixels; ++p) {
-      T* target = targets[p] + channel;
+      for (int p = 0; p < Pixels; ++p) {
+        T* target = targets[p] + channel;
 #pragma GCC unroll 2
-      for (int v = 0; v < Vectors; ++v) stream(target + v * kLanes<T>, acc[p][v]);
-    }
-  } else {
-#pragma GCC unroll 10
-    for (int p = 0; p < Pixels; ++p) {
-      T* target = targets[p] + channel;
-#pragma GCC unroll 2
-      for (int v = 0; v < Vectors; ++v) store(target + v * kLanes<T>, acc[p][v]);
+        for (int v = 0; v < Vectors; ++v) store(target + v * kLanes<T>, acc[p][v]);
+      }
     }
   }
 }
 
 template <class T>
-using PixelTileFunction = void (*)(const PixelEntry<T>*, const PixelEntry<T>*, int64_t,
-                                   const T* const*, const PixelFinish<T>&, T* const*, int64_t);
+using PixelTilesFunction = void (*)(const PixelEntry<T>*, const PixelEntry<T>*, int64_t,
+                                    const T* const*, const PixelFinish<T>&, T* const*, int64_t,
+                                    int64_t, Fetch&);
 
-// The tile of a number of pixels, from 1 to kTilePixels; null past that.
+// Tiles of a number of pixels, from 1 to kTilePixels; null past that.
 template <class T, int Vectors, int Pixels = kTilePixels<Vectors>>
-PixelTileFunction<T> pixel_tile_of(int64_t pixels) {
-  if (pixels == Pixels) return pixel_tile<T, Vectors, Pixels>;
-  if constexpr (Pixels > 1) return pixel_tile_of<T, Vectors, Pixels - 1>(pixels);
+PixelTilesFunction<T> pixel_tiles_of(int64_t pixels) {
+  if (pixels == Pixels) return pixel_tiles<T, Vectors, Pixels>;
+  if constexpr (Pixels > 1) return pixel_tiles_of<T, Vectors, Pixels - 1>(pixels);
   return nullptr;
 }
 
