@@ -11,6 +11,7 @@ from torch import Tensor
 import fastprune as fp
 
 CHANNELS = (1, 15, 17, 129)
+FORMATS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
 IMAGES = ((1, 1), (1, 7), (5, 3), (9, 9))
 
 

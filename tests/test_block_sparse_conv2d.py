@@ -14,7 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import fastprune as fp
 from block_sparse_cases import assert_matches
-from conv2d_cases import CHANNELS, IMAGES, Geometry, geometries, layouts, make_conv2d_weight, parts
+from conv2d_cases import CHANNELS, FORMATS, IMAGES, Geometry, geometries, layouts, make_conv2d_weight, parts
 from fastprune import ops, reference
 
 ACTIVATIONS = [None, *reference.ACTIVATIONS]
@@ -66,13 +66,17 @@ def test_the_twin_is_torchs_conv2d() -> None:
     "blocksize", [(16, 16), (8, 8), (8, 1), (1, 8), (5, 3), (48, 16), (128, 128)], ids=str
 )
 @pytest.mark.parametrize("density", [0.0, 0.3, 1.0])
-def test_matches_the_reference_over_ugly_sizes(isa: str, blocksize: tuple[int, int], density: float) -> None:
+@pytest.mark.parametrize("memory_format", FORMATS)
+def test_matches_the_reference_over_ugly_sizes(
+    isa: str, memory_format: str, blocksize: tuple[int, int], density: float
+) -> None:
     geometry = Geometry()
     for out_channels, in_channels in itertools.product(CHANNELS, CHANNELS):
         weight = make_conv2d_weight(out_channels, in_channels, geometry, blocksize, density)
         bias = torch.randn(out_channels)
         for size in IMAGES:
-            check(torch.randn(2, in_channels, *size), weight, geometry, bias)
+            input = torch.randn(2, in_channels, *size).contiguous(memory_format=FORMATS[memory_format])
+            check(input, weight, geometry, bias)
 
 
 @pytest.mark.parametrize("width", range(1, 35))
@@ -80,7 +84,9 @@ def test_every_width_fills_its_vectors(isa: str, width: int) -> None:
     for geometry in (Geometry(), Geometry((3, 3), (2, 2)), Geometry((1, 1), padding=(0, 0, 0, 0))):
         weight = make_conv2d_weight(24, 16, geometry, (8, 8), 0.5)
         for images in (1, 3):
-            check(torch.randn(images, 16, 5, width), weight, geometry, None, "relu")
+            input = torch.randn(images, 16, 5, width)
+            for memory_format in FORMATS.values():
+                check(input.contiguous(memory_format=memory_format), weight, geometry, None, "relu")
 
 
 @settings(max_examples=150)
@@ -157,6 +163,17 @@ def test_large_images_are_cut_right(isa: str) -> None:
             torch.randn(2, 16, *size).contiguous(memory_format=torch.channels_last),
         ):
             check(input, weight, geometry)
+
+
+@pytest.mark.parametrize("activation", [None, "relu6", "gelu"])
+@pytest.mark.parametrize("out_channels", [32, 40])
+def test_outputs_larger_than_the_caches(isa: str, out_channels: int, activation: str | None) -> None:
+    # From 4 MiB on whole lines of them are written past the caches.
+    geometry = Geometry((1, 3), padding=(0, 0, 1, 1))
+    weight = make_conv2d_weight(out_channels, 16, geometry, (16, 16), 0.5)
+    input = torch.randn(2, 16, 150, 151).contiguous(memory_format=torch.channels_last)
+    output = check(input, weight, geometry, torch.randn(out_channels), activation)
+    assert output.numel() * output.element_size() >= 4 << 20
 
 
 def test_no_images_give_an_empty_output() -> None:

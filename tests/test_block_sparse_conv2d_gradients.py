@@ -13,7 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import fastprune as fp
 from block_sparse_cases import assert_matches
-from conv2d_cases import CHANNELS, IMAGES, Geometry, geometries, layouts, make_conv2d_weight, parts
+from conv2d_cases import CHANNELS, FORMATS, IMAGES, Geometry, geometries, layouts, make_conv2d_weight, parts
 from fastprune import ops, reference
 
 
@@ -87,14 +87,15 @@ def check(grad_output: Tensor, input: Tensor, weight: fp.BlockSparseTensor, geom
 
 @pytest.mark.parametrize("blocksize", [(16, 16), (8, 8), (8, 1), (5, 3), (128, 128)], ids=str)
 @pytest.mark.parametrize("density", [0.0, 0.3, 1.0])
+@pytest.mark.parametrize("memory_format", FORMATS)
 def test_they_match_the_reference_over_ugly_sizes(
-    isa: str, blocksize: tuple[int, int], density: float
+    isa: str, memory_format: str, blocksize: tuple[int, int], density: float
 ) -> None:
     geometry = Geometry()
     for out_channels, in_channels in itertools.product(CHANNELS, (1, 17, 129)):
         weight = make_conv2d_weight(out_channels, in_channels, geometry, blocksize, density)
         for size in IMAGES:
-            input = torch.randn(2, in_channels, *size)
+            input = torch.randn(2, in_channels, *size).contiguous(memory_format=FORMATS[memory_format])
             check(grad_output_of(input, weight, geometry), input, weight, geometry)
 
 
@@ -143,7 +144,9 @@ def test_every_number_of_images_fills_its_chunks(isa: str, images: int) -> None:
         for geometry in (Geometry(), Geometry(stride=(2, 2))):
             weight = make_conv2d_weight(20, 12, geometry, (8, 8), 0.5)
             input = torch.randn(images, 12, *size)
-            check(grad_output_of(input, weight, geometry), input, weight, geometry)
+            for memory_format in FORMATS.values():
+                input = input.contiguous(memory_format=memory_format)
+                check(grad_output_of(input, weight, geometry), input, weight, geometry)
 
 
 @pytest.mark.parametrize("stride", [1, 2])
@@ -159,10 +162,11 @@ def test_the_input_gradient_has_the_memory_format_of_the_outputs(stride: int) ->
         assert found.is_contiguous(memory_format=memory_format)
 
 
-def test_bits_do_not_depend_on_threads(isa: str) -> None:
+@pytest.mark.parametrize("memory_format", FORMATS)
+def test_bits_do_not_depend_on_threads(isa: str, memory_format: str) -> None:
     for geometry in (Geometry(), Geometry(stride=(2, 2))):
         weight = make_conv2d_weight(64, 48, geometry, (16, 16), 0.3)
-        input = torch.randn(4, 48, 14, 14)
+        input = torch.randn(4, 48, 14, 14).contiguous(memory_format=FORMATS[memory_format])
         grad_output = grad_output_of(input, weight, geometry)
         threads = torch.get_num_threads()
         results = []
@@ -193,11 +197,16 @@ def test_no_images_give_zeros() -> None:
 
 @pytest.mark.parametrize("stride", [1, 2])
 @pytest.mark.parametrize("broken", [float("nan"), float("inf")])
-def test_padding_stays_zero_where_gradients_are_not_finite(isa: str, broken: float, stride: int) -> None:
+@pytest.mark.parametrize("memory_format", FORMATS)
+def test_padding_stays_zero_where_gradients_are_not_finite(
+    isa: str, memory_format: str, broken: float, stride: int
+) -> None:
     geometry = Geometry((1, 1), (stride, stride), padding=(0, 0, 0, 0))
     weight = make_conv2d_weight(21, 19, geometry, (16, 16), 1.0)
-    input = torch.full((2, 19, 6, 6), broken)
-    grad_output = torch.full((2, 21, 6 // stride, 6 // stride), broken)
+    input, grad_output = (
+        torch.full(size, broken).contiguous(memory_format=FORMATS[memory_format])
+        for size in ((2, 19, 6, 6), (2, 21, 6 // stride, 6 // stride))
+    )
     dense = fp.BlockSparseTensor(
         weight_gradient(grad_output, input, weight, geometry),
         weight.crow_indices,
