@@ -137,7 +137,9 @@ def test_bias_activation_and_dtype(
     weight = make_conv2d_weight(33, 20, geometry, (16, 16), 0.5, dtype)
     bias = torch.randn(33, dtype=dtype) if with_bias else None
     for size in ((8, 16), (5, 7)):
-        check(torch.randn(2, 20, *size, dtype=dtype), weight, geometry, bias, activation)
+        input = torch.randn(2, 20, *size, dtype=dtype)
+        for memory_format in FORMATS.values():
+            check(input.contiguous(memory_format=memory_format), weight, geometry, bias, activation)
 
 
 @pytest.mark.parametrize("stride", [1, 2])
