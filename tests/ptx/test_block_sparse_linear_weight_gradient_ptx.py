@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from . import harness
+from .gradient_cases import EPSILON, OPERAND_ROUNDING, RESULT_ROUNDING, convert, random_structure
 from .harness_weight_gradient import OP, block_sparse_linear_weight_gradient, to_float
 from .mutants import Runs, mutants_of, sample_of, unnoticed
 
@@ -16,18 +17,6 @@ pytestmark = pytest.mark.skipif(
 )
 FULL_SWEEP = harness.FULL_SWEEP
 SCHEDULES = harness.SCHEDULES
-EPSILON = float(np.finfo(np.float32).eps)
-# Half a unit in the last place: of each operand as the kernel multiplies it, and of the result.
-OPERAND_ROUNDING = {"f32": 0.0, "tf32": 2.0**-11, "f16": 0.0, "bf16": 0.0}
-RESULT_ROUNDING = {"f32": 0.0, "tf32": 0.0, "f16": 2.0**-11, "bf16": 2.0**-8}
-
-
-def convert(array: np.ndarray, kind: str) -> np.ndarray:
-    """Round to a type; bfloat16 as its bits."""
-    if kind == "bf16":
-        bits = np.where(np.isnan(array), np.nan, array).astype(np.float32).view(np.uint32)
-        return ((bits + 0x7FFF + (bits >> 16 & 1)) >> 16).astype(np.uint16)
-    return array.astype(np.float16 if kind == "f16" else np.float32)
 
 
 @dataclass(frozen=True)
@@ -59,15 +48,13 @@ class Case:
     def arguments(self) -> dict:
         """Make random arguments, with an empty block row where some blocks are lost."""
         rng = np.random.default_rng([self.seed, *map(ord, repr(self))])
-        block_rows, block_cols = -(-self.out_features // self.rows), -(-self.in_features // self.cols)
-        mask = rng.random((block_rows, block_cols)) < self.density
-        if 0 < self.density < 1 and block_rows > 1:
-            mask[rng.integers(block_rows)] = False
+        grid = (-(-self.out_features // self.rows), -(-self.in_features // self.cols))
+        crow_indices, col_indices = random_structure(rng, grid, self.density)
         return {
             "grad_output": self.operand(rng, self.out_features),
             "input": self.operand(rng, self.in_features),
-            "crow_indices": np.concatenate([[0], mask.sum(1).cumsum()]).astype(np.int32),
-            "col_indices": np.argwhere(mask)[:, 1].astype(np.int32),
+            "crow_indices": crow_indices,
+            "col_indices": col_indices,
             "blocksize": (self.rows, self.cols),
             "allow_tf32": self.kind == "tf32",
             "offset": self.offset,
