@@ -31,6 +31,7 @@ cudaError_t launch(const Tensor& grad_output, const Tensor& input, const Tensor&
   args.positions = plan.positions;
   args.channel_blocks = static_cast<int32_t>(channel_blocks);
   args.group_outputs = static_cast<int32_t>(out_channels / groups);
+  args.pixel_bytes = static_cast<uint32_t>(in_channels * sizeof(T));
   return launch_block_sparse_conv2d_weight_gradient(args, plan, current_stream(grad_output));
 }
 

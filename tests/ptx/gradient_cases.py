@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import numpy as np
 
+from . import harness
+from .harness_weight_gradient import op_of
+from .mutants import Run, Runs, mutants_of, sample_of, unnoticed
+
 EPSILON = float(np.finfo(np.float32).eps)
 # Half a unit in the last place: of each operand as the kernel multiplies it, and of the result.
 OPERAND_ROUNDING = {"f32": 0.0, "tf32": 2.0**-11, "f16": 0.0, "bf16": 0.0}
@@ -27,3 +31,31 @@ def random_structure(
         mask[rng.integers(grid[0])] = False
     crow_indices = np.concatenate([[0], mask.sum(1).cumsum()]).astype(np.int32)
     return crow_indices, np.argwhere(mask)[:, 1].astype(np.int32)
+
+
+# Mutants that compute the same, by what is done to which source line, and how many there are.
+SEARCH = {
+    ("bound + 1", "while (high - low > 1) {"): 1,  # one step more over one block row
+    ("bound + 1", "if (tile.first_column >= tile.columns) return;"): 1,  # an empty tile stores nothing
+    ("no guard", "if (tile.first_column >= tile.columns) return;"): 1,
+}
+# Stages of zeros after the last, which nobody reads.
+STAGES = {("bound + 1", "if (step < steps) {"): 3}
+# Kept columns end at a multiple of 16, which only the first column of a fragment can be.
+BF16_COLUMNS = {("bound + 1", "if (column >= tile.columns) continue;"): 4}
+TF32_COLUMNS = {("bound + 1", "if (column >= tile.columns) continue;"): 6}
+
+
+def every_mutant_is_noticed(kernel: str, runs: list[Run], equivalent: dict[tuple[str, str], int]) -> None:
+    """Assert that runs notice each mutant of a kernel but those that compute the same."""
+    mutants = mutants_of(op_of(kernel), kernel)
+    assert len(mutants) > 8
+    chosen = mutants
+    if not harness.FULL_SWEEP:
+        # The waits, the barriers, and some of each other kind.
+        chosen = [mutant for mutant in mutants if mutant.kind in ("no barrier", "no wait")]
+        chosen += [mutant for mutant in sample_of(mutants, 6, equivalent) if mutant not in chosen]
+    notices = Runs(chosen, runs)
+    known = [mutant for mutant, count in equivalent.items() for _ in range(count)]
+    assert unnoticed(chosen, notices, known) == []
+    assert notices.faults == []

@@ -95,13 +95,14 @@ def block_sparse_conv2d_weight_gradient(
         allow_tf32=allow_tf32,
         aligned=offset * input.itemsize % 16 == 0,
     )
-    # What BlockSparseConv2dWeightGradientCudaArgs adds.
+    # What BlockSparseConv2dWeightGradientCudaArgs adds, filled up to 8 bytes.
     added: tuple = ()
     if not plan["pointwise"]:
         channel_blocks = -(-(in_channels // groups) // cols)
         added = (
             *(np.uint32(value % 2**32) for value in plan["positions"]),
             *(np.int32(channel_blocks), np.int32(out_channels // groups)),
+            *(np.uint32(in_channels * input.itemsize), np.uint32(0)),
         )
     input_view = (pixels[0], grad_view[1], np.int64(in_channels // groups), np.int64(in_channels))
     views = (*input_view, *grad_view)

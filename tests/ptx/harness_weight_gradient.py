@@ -15,7 +15,7 @@ BF16 = np.dtype(np.uint16)  # bfloat16 as its bits
 DTYPES = {np.dtype(np.float32): "float32", np.dtype(np.float16): "float16", BF16: "bfloat16"}
 
 
-def _op_of(kernel: str) -> str:
+def op_of(kernel: str) -> str:
     """Return what a kernel's name begins with: the op, which its source is named after."""
     end = "weight_gradient"
     return kernel[: kernel.index(end) + len(end)]
@@ -23,7 +23,7 @@ def _op_of(kernel: str) -> str:
 
 @functools.cache
 def _ptx_of_kernel(kernel: str, arch: str) -> str:
-    return entry_of(harness.ptx_of(_op_of(kernel), arch), kernel)
+    return entry_of(harness.ptx_of(op_of(kernel), arch), kernel)
 
 
 def to_float(array: np.ndarray) -> np.ndarray:
@@ -99,7 +99,7 @@ def run_plan(
         ptx = _ptx_of_kernel(kernel, arch)
         changed = ptx_transform(ptx) if ptx_transform and step == transformed else ptx
         return harness._launch(
-            _op_of(kernel), plan[step], args, arch, order, seed, lambda _: changed, max_instructions
+            op_of(kernel), plan[step], args, arch, order, seed, lambda _: changed, max_instructions
         )
 
     product = arguments(

@@ -1,15 +1,15 @@
-"""The PTX of block_sparse_conv2d_weight_gradient.cu in the simulator: values, races, bounds, mutants."""
+"""The PTX of block_sparse_conv2d_weight_gradient.cu in the simulator: values, races, bounds."""
 
-import functools
 import itertools
-from dataclasses import dataclass, fields, replace
+from dataclasses import replace
 
 import numpy as np
 import pytest
 
 from . import harness
-from .gradient_cases import EPSILON, OPERAND_ROUNDING, RESULT_ROUNDING, convert, random_structure
-from .harness_conv2d_weight_gradient import Geometry, block_sparse_conv2d_weight_gradient
+from .block_sparse_conv2d_weight_gradient_cases import GEOMETRIES, Case, run
+from .gradient_cases import convert
+from .harness_conv2d_weight_gradient import OP, block_sparse_conv2d_weight_gradient
 from .harness_weight_gradient import to_float
 
 pytestmark = pytest.mark.skipif(
@@ -18,132 +18,6 @@ pytestmark = pytest.mark.skipif(
 FULL_SWEEP = harness.FULL_SWEEP
 SCHEDULES = harness.SCHEDULES
 KINDS = ["bf16", "f16", "tf32"]
-
-
-@dataclass(frozen=True)
-class Case:
-    """One call; its samples are the output positions of all images."""
-
-    kind: str = "bf16"
-    images: int = 2
-    height: int = 5
-    width: int = 4
-    in_channels: int = 32
-    out_channels: int = 48
-    rows: int = 16
-    cols: int = 16
-    kernel_size: tuple[int, int] = (3, 3)
-    stride: tuple[int, int] = (1, 1)
-    padding: tuple[int, int, int, int] = (1, 1, 1, 1)
-    dilation: tuple[int, int] = (1, 1)
-    groups: int = 1
-    density: float = 0.6
-    poisoned: bool = False  # every operand is NaN, and every gradient but its padding
-    offset: int = 0  # of both operands, after a multiple of 16 bytes
-    seed: int = 0
-
-    def __str__(self) -> str:
-        unusual = (f for f in fields(self) if getattr(self, f.name) != f.default)
-        return "-".join(f"{f.name}={getattr(self, f.name)}" for f in unusual) or "usual"
-
-    @property
-    def geometry(self) -> Geometry:
-        """What the convolution is besides its weight."""
-        return Geometry(self.kernel_size, self.stride, self.padding, self.dilation, self.groups)
-
-    @property
-    def channel_blocks(self) -> int:
-        """Block columns of a tap."""
-        return -(-(self.in_channels // self.groups) // self.cols)
-
-    def operand(self, rng: np.random.Generator, *shape: int) -> np.ndarray:
-        return convert(rng.standard_normal(shape) + (np.nan if self.poisoned else 0), self.kind)
-
-    def arguments(self) -> dict:
-        """Make random arguments, with an empty block row where some blocks are lost."""
-        rng = np.random.default_rng([self.seed, *map(ord, repr(self))])
-        outputs = self.geometry.output_size(self.height, self.width)
-        taps = self.kernel_size[0] * self.kernel_size[1]
-        grid = (-(-self.out_channels // self.rows), taps * self.channel_blocks)
-        crow_indices, col_indices = random_structure(rng, grid, self.density)
-        return {
-            "grad_output": self.operand(rng, self.images, *outputs, self.out_channels),
-            "input": self.operand(rng, self.images, self.height, self.width, self.in_channels),
-            "crow_indices": crow_indices,
-            "col_indices": col_indices,
-            "blocksize": (self.rows, self.cols),
-            "geometry": self.geometry,
-            "allow_tf32": self.kind == "tf32",
-            "offset": self.offset,
-        }
-
-
-def tap_inputs(input: np.ndarray, tap: int, geometry: Geometry) -> np.ndarray:
-    """Return what a tap reads: ``[output positions, channels]``, zero outside of the images."""
-    top, bottom, left, right = geometry.padding
-    padded = np.pad(input, ((0, 0), (top, bottom), (left, right), (0, 0)))
-    outputs = geometry.output_size(*input.shape[1:3])
-    row, column = divmod(tap, geometry.kernel_size[1])
-    first = (row * geometry.dilation[0], column * geometry.dilation[1])
-    rows, columns = (
-        slice(f, f + (count - 1) * step + 1, step)
-        for f, count, step in zip(first, outputs, geometry.stride, strict=True)
-    )
-    return padded[:, rows, columns].reshape(-1, input.shape[3])
-
-
-def kept_gradients(grad_output: np.ndarray, input: np.ndarray, arguments: dict) -> np.ndarray:
-    """Return the kept blocks ``[kept, cols, rows]`` by one product for each, in float64."""
-    crow, col, (rows, cols) = (arguments[name] for name in ("crow_indices", "col_indices", "blocksize"))
-    geometry = arguments["geometry"]
-    group_channels = input.shape[3] // geometry.groups
-    channel_blocks = -(-group_channels // cols)
-    rows_per_group = (len(crow) - 1) // geometry.groups
-    grads = grad_output.reshape(-1, grad_output.shape[3])
-    blocks = np.zeros((len(col), cols, rows))
-    for block_row, (begin, end) in enumerate(itertools.pairwise(crow)):
-        group = block_row // rows_per_group
-        for k in range(begin, end):
-            tap, channel_block = divmod(col[k], channel_blocks)
-            inputs = tap_inputs(input, tap, geometry)[:, group * group_channels :][:, :group_channels]
-            part = inputs[:, channel_block * cols :][:, :cols].T @ grads[:, block_row * rows :][:, :rows]
-            blocks[k, : part.shape[0], : part.shape[1]] = part
-    return blocks
-
-
-# Schedules and mutants run the same problems again and again.
-@functools.lru_cache(maxsize=512)
-def problem(case: Case) -> tuple[dict, np.ndarray, np.ndarray]:
-    """Return arguments, the gradient in float64, and the bound of a chain of float32 multiply-adds."""
-    arguments = case.arguments()
-    grad_output, input = to_float(arguments["grad_output"]), to_float(arguments["input"])
-    expected = kept_gradients(grad_output, input, arguments)
-    magnitude = kept_gradients(np.abs(grad_output), np.abs(input), arguments)
-    relative = (grad_output[..., 0].size + 2) * EPSILON + 2.001 * OPERAND_ROUNDING[case.kind]
-    bound = relative * magnitude + RESULT_ROUNDING[case.kind] * (1 + relative) * np.abs(expected)
-    return arguments, expected, bound
-
-
-def run(case: Case, **options) -> tuple[np.ndarray, list[str], dict]:
-    arguments, expected, bound = problem(case)
-    output, findings, plan = block_sparse_conv2d_weight_gradient(**arguments, **options)
-    values = to_float(output)
-    wrong = np.argwhere(~(np.abs(values - expected) <= bound) & ~(np.isnan(values) & np.isnan(expected)))
-    if len(wrong):
-        findings = [*findings, f"{len(wrong)} wrong values, the first at {wrong[0]}"]
-    return output, findings, plan
-
-
-# Strides, paddings and dilations that differ in each direction; taps that read nothing but zeros.
-GEOMETRIES: list[dict] = [
-    {},
-    {"stride": (2, 3), "padding": (0, 1, 2, 0), "height": 9, "width": 11},
-    {"kernel_size": (3, 2), "dilation": (2, 3), "padding": (2, 1, 3, 0), "height": 6, "width": 7},
-    {"kernel_size": (1, 5), "padding": (0, 0, 4, 4), "height": 1, "width": 3},
-    {"kernel_size": (1, 1), "padding": (4, 3, 2, 4), "height": 2, "width": 1},
-    {"kernel_size": (1, 1), "stride": (2, 2), "padding": (0, 0, 0, 0), "height": 7},
-    {"kernel_size": (2, 2), "padding": (0, 0, 0, 0), "stride": (3, 1), "height": 8},
-]
 
 
 def with_blocks(kind: str, rows: int, cols: int, **sizes: object) -> list[Case]:
@@ -249,3 +123,68 @@ def test_clean_and_right_on_every_schedule(case):
         assert findings == []
         outputs.append(output.tobytes())
     assert len(set(outputs)) == 1, "the bits depend on the schedule"
+
+
+@pytest.mark.skipif(not FULL_SWEEP, reason="FASTPRUNE_PTX_SWEEP=full runs it")
+@pytest.mark.parametrize("kind", ["bf16", "tf32", "f32"])
+def test_the_ptx_of_hopper_is_clean_and_right(kind):
+    for geometry in GEOMETRIES:
+        for case in with_blocks(kind, 16, 32, **geometry):
+            assert run(case, arch="compute_90")[1] == []
+
+
+def test_each_type_takes_the_kernel_that_it_should():
+    kernels = {
+        run(case)[2]["product"]["kernel"].removeprefix(f"{OP}_")
+        for kind in (*KINDS, "f32")
+        for rows in (16, 8)
+        for case in (Case(kind=kind, rows=rows, out_channels=2 * rows),)
+    }
+    assert kernels == {"bf16_16", "f16_16", "tf32_16"} | {
+        f"plain_{name}_16" for name in ("bf16", "f16", "f32")
+    }
+    for narrow in (
+        Case(in_channels=20),
+        Case(out_channels=20),
+        Case(groups=2, in_channels=24, out_channels=32),
+    ):
+        assert run(narrow)[2]["product"]["kernel"] == f"{OP}_bf16_16_narrow"
+    pointwise = Case(kernel_size=(1, 1), padding=(0, 0, 0, 0))
+    assert run(pointwise)[2]["product"]["kernel"] == "block_sparse_linear_weight_gradient_bf16_16"
+
+
+@pytest.mark.parametrize("kind", [*KINDS, "f32"])
+def test_no_images_give_zeros_and_no_blocks_launch_nothing(kind):
+    output, findings, _ = run(Case(kind=kind, images=0))
+    assert findings == []
+    assert output.size > 0
+    assert not output.any()
+    assert run(Case(kind=kind, density=0.0))[2]["product"]["grid"][0] == 0
+
+
+@pytest.mark.parametrize("kind", [*KINDS, "f32"])
+def test_infinity_and_nan_stay_in_their_taps_channels_and_rows_and_out_of_the_padding(kind):
+    case = Case(kind=kind, in_channels=43, out_channels=43, groups=1, density=1.0)
+    arguments = case.arguments()
+    clean = to_float(block_sparse_conv2d_weight_gradient(**arguments)[0])
+    # The first pixel is read by the taps that lie below and right of the centre, or on it.
+    arguments["input"][1, 0, 0, 40] = convert(np.array(np.nan), kind)
+    arguments["grad_output"][0, 2, 1, 42] = convert(np.array(np.inf), kind)
+    output, findings, _ = block_sparse_conv2d_weight_gradient(**arguments)
+    assert findings == []
+    touched = np.zeros((3, 3, 48, 48), bool)
+    touched[:2, :2, 40, :43] = True
+    touched[:, :, :43, 42] = True
+    touched = touched.reshape(27, 16, 3, 16).transpose(2, 0, 1, 3).reshape(81, 16, 16)
+    np.testing.assert_array_equal(~np.isfinite(to_float(output)), touched)
+    np.testing.assert_array_equal(to_float(output)[~touched], clean[~touched])
+
+
+@pytest.mark.parametrize("kind", ["bf16", "tf32", "f32"])
+def test_bits_depend_neither_on_the_other_blocks_nor_on_the_alignment(kind):
+    arguments = Case(kind=kind, density=1.0, in_channels=48).arguments()
+    together = block_sparse_conv2d_weight_gradient(**arguments)[0].reshape(3, 27, 16, 16)
+    for block in (0, 13, 26):
+        crow, col = np.array([0, 0, 1, 1], np.int32), np.array([block], np.int32)
+        alone = {**arguments, "crow_indices": crow, "col_indices": col, "offset": block % 4}
+        assert block_sparse_conv2d_weight_gradient(**alone)[0].tobytes() == together[1, block].tobytes()

@@ -7,10 +7,19 @@ from dataclasses import dataclass, fields, replace
 import numpy as np
 import pytest
 
-from . import harness
-from .gradient_cases import EPSILON, OPERAND_ROUNDING, RESULT_ROUNDING, convert, random_structure
+from . import gradient_cases, harness
+from .gradient_cases import (
+    BF16_COLUMNS,
+    EPSILON,
+    OPERAND_ROUNDING,
+    RESULT_ROUNDING,
+    SEARCH,
+    STAGES,
+    TF32_COLUMNS,
+    convert,
+    random_structure,
+)
 from .harness_weight_gradient import OP, block_sparse_linear_weight_gradient, to_float
-from .mutants import Runs, mutants_of, sample_of, unnoticed
 
 pytestmark = pytest.mark.skipif(
     harness.unavailable_reason() is not None, reason=harness.unavailable_reason() or ""
@@ -257,25 +266,14 @@ def mutant_cases(kind: str, *, narrow: bool = False) -> list[Case]:
     ]
 
 
-# Mutants that compute the same, by what is done to which source line, and how many there are.
-SEARCH = {
-    ("bound + 1", "while (high - low > 1) {"): 1,  # one step more over one block row
-    ("bound + 1", "if (tile.first_column >= tile.columns) return;"): 1,  # an empty tile stores nothing
-    ("no guard", "if (tile.first_column >= tile.columns) return;"): 1,
-}
-# Stages of zeros after the last, which nobody reads.
-STAGES = {("bound + 1", "if (step < steps) {"): 3}
 # One step of zeros: where there are no samples, and after the last sample.
 STEPS = {
     (
         "no guard",
         "for (int begin = 0, parity = 0; begin < slice.samples; begin += kPlainStep, parity ^= 1) {",
     ): 1,
-    ("bound + 1", "const bool exists = input && begin + s < slice.samples;"): 1,  # the loop's own end
+    ("bound + 1", "const bool exists = input && sample < samples;"): 1,  # the loop's own end
 }
-# Kept columns end at a multiple of 16, which only the first column of a fragment can be.
-BF16_COLUMNS = {("bound + 1", "if (column >= tile.columns) continue;"): 4}
-TF32_COLUMNS = {("bound + 1", "if (column >= tile.columns) continue;"): 6}
 
 
 def faults(case: Case, **options) -> list[str]:
@@ -283,24 +281,12 @@ def faults(case: Case, **options) -> list[str]:
 
 
 def every_mutant_is_noticed(kernel: str, cases: list[Case], equivalent: dict, step: str = "product") -> None:
-    mutants = mutants_of(OP, f"{OP}_{kernel}")
-    assert len(mutants) > 8
-    chosen = mutants
-    if not FULL_SWEEP:
-        # The waits, the barriers, and some of each other kind.
-        chosen = [mutant for mutant in mutants if mutant.kind in ("no barrier", "no wait")]
-        chosen += [mutant for mutant in sample_of(mutants, 6, equivalent) if mutant not in chosen]
-    runs = Runs(
-        chosen,
-        [
-            functools.partial(faults, case, order=order, transformed=step)
-            for order, some in (("forward", cases), ("reverse", cases[:2]))
-            for case in some
-        ],
-    )
-    known = [mutant for mutant, count in equivalent.items() for _ in range(count)]
-    assert unnoticed(chosen, runs, known) == []
-    assert runs.faults == []
+    runs = [
+        functools.partial(faults, case, order=order, transformed=step)
+        for order, some in (("forward", cases), ("reverse", cases[:2]))
+        for case in some
+    ]
+    gradient_cases.every_mutant_is_noticed(f"{OP}_{kernel}", runs, equivalent)
 
 
 def test_every_mutant_on_tensor_cores_is_noticed():

@@ -13,6 +13,7 @@ struct BlockSparseConv2dWeightGradientCudaArgs : BlockSparseLinearWeightGradient
   ConvolutionPositions positions;
   int32_t channel_blocks;  // of a tap
   int32_t group_outputs;   // output channels of a group
+  uint32_t pixel_bytes;    // all channels of a pixel
 };
 
 // Queues the kernels of `plan` on `stream` and returns at once. T is float, __half or

@@ -44,10 +44,11 @@ struct ImageInput {
     return args.gradient.input.data + group * args.gradient.input.cols + channel;
   }
 
-  // Of one channel's data: both factors have 32 bits.
+  // Of one channel's data. Both factors have 32 bits: one instruction.
   static __device__ __forceinline__ const T* at_pixel(const Args& args, const T* data,
                                                       uint32_t pixel) {
-    return data + uint64_t{pixel} * static_cast<uint32_t>(args.gradient.input.row_stride);
+    return reinterpret_cast<const T*>(reinterpret_cast<const char*>(data) +
+                                      uint64_t{pixel} * args.pixel_bytes);
   }
 
   template <bool kAligned>
@@ -70,12 +71,20 @@ struct ImageInput {
     }
 
     __device__ __forceinline__ void copy(uint4* tile, int samples) {
-      static_assert(Base::kApart <= Base::kSamples);
+      // The places of samples so far apart differ by their rows alone.
+      static_assert(Base::kApart <= Base::kSamples && Base::kApart * sizeof(T) == 16);
+      uint4* to = tile + chunk_place<T, Base::kChunks>(this->sample, this->chunk);
 #pragma unroll
       for (int s = 0; s < Base::kSamples; s += Base::kApart) {
-        const bool exists = this->sample + s < samples && walk.is_inside(args.positions);
-        Base::copy_chunk(tile + chunk_place<T, Base::kChunks>(this->sample + s, this->chunk),
-                         at_pixel(args, data, walk.pixel), exists ? this->elements : 0);
+        const bool exists =
+            walk.is_inside(args.positions, (this->sample + s < samples) & (this->elements > 0));
+        const T* from = at_pixel(args, data, walk.pixel);
+        if constexpr (kAligned) {
+          // A chunk exists whole or not at all.
+          copy_async<16>(to + s * Base::kChunks, from, exists ? 16 : 0);
+        } else {
+          Base::copy_chunk(to + s * Base::kChunks, from, exists ? this->elements : 0);
+        }
         walk.advance(args.positions);
       }
     }
@@ -98,7 +107,7 @@ struct ImageInput {
 
     // Of one position after the other; zero from the slice's end on.
     __device__ __forceinline__ float next(int sample, int samples) {
-      const bool exists = data && sample < samples && walk.is_inside(args.positions);
+      const bool exists = walk.is_inside(args.positions, (sample < samples) & (data != nullptr));
       const float value = exists ? to_float(*at_pixel(args, data, walk.pixel)) : 0.0f;
       walk.advance(args.positions);
       return value;

@@ -31,24 +31,32 @@ struct PixelWalk {
     pixel = (image * positions.height + row) * positions.width + column;
   }
 
-  __device__ __forceinline__ bool is_inside(const ConvolutionPositions& positions) const {
-    return static_cast<uint32_t>(row) < static_cast<uint32_t>(positions.height) &&
-           static_cast<uint32_t>(column) < static_cast<uint32_t>(positions.width);
+  // Whether a `wanted` pixel exists: one chain of predicates, no branch.
+  __device__ __forceinline__ bool is_inside(const ConvolutionPositions& positions,
+                                            bool wanted) const {
+    return wanted & (static_cast<uint32_t>(row) < static_cast<uint32_t>(positions.height)) &
+           (static_cast<uint32_t>(column) < static_cast<uint32_t>(positions.width));
   }
 
+  // Additions under a predicate: the compiler would select what to add, and then add it.
   __device__ __forceinline__ void advance(const ConvolutionPositions& positions) {
     row += positions.advance_row;
     column += positions.advance_column;
     pixel += positions.advance_pixels;
-    if (column >= column_end) {
-      column -= positions.column_span;
-      row += positions.row_step;
-      pixel += positions.next_row_pixels;
-    }
-    if (row >= row_end) {
-      row -= positions.row_span;
-      pixel += positions.next_image_pixels;
-    }
+    asm("{ .reg .pred %%p0;\n"
+        "  setp.ge.s32 %%p0, %1, %3;\n"
+        "  @%%p0 add.s32 %0, %0, %4;\n"
+        "  @%%p0 sub.s32 %1, %1, %5;\n"
+        "  @%%p0 add.u32 %2, %2, %6; }"
+        : "+r"(row), "+r"(column), "+r"(pixel)
+        : "r"(column_end), "r"(positions.row_step), "r"(positions.column_span),
+          "r"(positions.next_row_pixels));
+    asm("{ .reg .pred %%p0;\n"
+        "  setp.ge.s32 %%p0, %0, %2;\n"
+        "  @%%p0 sub.s32 %0, %0, %3;\n"
+        "  @%%p0 add.u32 %1, %1, %4; }"
+        : "+r"(row), "+r"(pixel)
+        : "r"(row_end), "r"(positions.row_span), "r"(positions.next_image_pixels));
   }
 };
 
