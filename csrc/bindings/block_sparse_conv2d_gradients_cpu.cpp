@@ -161,11 +161,12 @@ void run_weight_gradient(const Tensor& grad_output, const Tensor& input, const T
   });
 }
 
+// `allow_tf32` is for CUDA: a CPU's float32 has all its bits.
 Tensor block_sparse_conv2d_weight_gradient_cpu(
     const Tensor& grad_output, const Tensor& input, const Tensor& crow_indices,
     const Tensor& col_indices, int64_t rows, int64_t cols, const std::vector<int64_t>& kernel_size,
     const std::vector<int64_t>& stride, const std::vector<int64_t>& padding,
-    const std::vector<int64_t>& dilation, int64_t groups) {
+    const std::vector<int64_t>& dilation, int64_t groups, bool /*allow_tf32*/) {
   constexpr const char* kOp = kWeightGradientOp;
   const ConvolutionGeometry geometry =
       convolution_geometry(kOp, kernel_size, stride, padding, dilation, groups);

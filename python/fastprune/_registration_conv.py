@@ -179,8 +179,8 @@ def _weight_gradient_fake(
 
 
 # As for the linear: the convolution and its two gradients are each linear in two tensors, and one another's
-# derivatives. `geometry` is kernel_size, stride, padding, dilation, groups. On CUDA the twins stand in for the
-# convolution and its input gradient.
+# derivatives. `geometry` is kernel_size, stride, padding, dilation, groups. On CUDA the twins stand in for
+# the convolution and its input gradient.
 
 
 def _names(geometry: tuple) -> dict[str, Any]:

@@ -17,7 +17,7 @@ _ops = torch.ops.fastprune
 @torch.compiler.assume_constant_result
 def _tf32_allowed() -> bool:
     # This one can always be read: it shows what was set through `torch.backends.cudnn.allow_tf32` too.
-    return torch.backends.cudnn.conv.fp32_precision == "tf32"
+    return torch.backends.cudnn.conv.fp32_precision == "tf32"  # type: ignore[attr-defined]
 
 
 def _allow_tf32(tensor: Tensor) -> bool:
