@@ -189,7 +189,8 @@ def test_it_never_waits_and_runs_in_a_graph(dtype: torch.dtype) -> None:
         assert_right(output, grad_output, input, weight.to("cpu"), Geometry(), dtype == torch.float32)
 
 
-def test_derivatives_are_those_of_the_reference() -> None:
+@pytest.mark.parametrize("tf32", [False], indirect=True)
+def test_derivatives_are_those_of_the_reference(tf32: bool) -> None:
     torch.manual_seed(5)
     geometry = Geometry(stride=(2, 1))
     weight = make_conv2d_weight(40, 24, geometry, (16, 16), 0.6)

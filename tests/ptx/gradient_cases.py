@@ -39,8 +39,6 @@ SEARCH = {
     ("bound + 1", "if (tile.first_column >= tile.columns) return;"): 1,  # an empty tile stores nothing
     ("no guard", "if (tile.first_column >= tile.columns) return;"): 1,
 }
-# Stages of zeros after the last, which nobody reads.
-STAGES = {("bound + 1", "if (step < steps) {"): 3}
 # Kept columns end at a multiple of 16, which only the first column of a fragment can be.
 BF16_COLUMNS = {("bound + 1", "if (column >= tile.columns) continue;"): 4}
 TF32_COLUMNS = {("bound + 1", "if (column >= tile.columns) continue;"): 6}

@@ -7,7 +7,7 @@ import pytest
 
 from . import harness
 from .block_sparse_conv2d_weight_gradient_cases import Case, run
-from .gradient_cases import BF16_COLUMNS, SEARCH, unnoticed_mutants
+from .gradient_cases import BF16_COLUMNS, SEARCH, TF32_COLUMNS, unnoticed_mutants
 from .harness_conv2d_weight_gradient import OP
 
 pytestmark = pytest.mark.skipif(
@@ -16,17 +16,16 @@ pytestmark = pytest.mark.skipif(
 FULL_SWEEP = harness.FULL_SWEEP
 
 
-def mutant_cases(kind: str, *, narrow: bool = False) -> list[Case]:
+def mutant_cases(kind: str) -> list[Case]:
     """Meet every edge of a bound that a thread can be off by one at; the first find most."""
     rows, cols = (13, 5) if kind == "f32" else (16, 16)
     stage = 16 if kind == "tf32" else 32
-    ragged = narrow or kind == "f32"
 
     def only_plain(sizes: tuple) -> tuple:
         return sizes if kind == "f32" else ()
 
-    # Channels come in whole chunks of 16 bytes, but for the narrow and plain kernels.
-    chunk = 1 if ragged else 4 if kind == "tf32" else 8
+    # Channels come in whole chunks of 16 bytes, but for the plain kernel.
+    chunk = {"f32": 1, "tf32": 4, "bf16": 8}[kind]
     one = Case(kind=kind, rows=rows, cols=cols, in_channels=cols, out_channels=rows, density=1.0)
     # Outputs smaller than the images: what a walk adds at the end of a row or an image is not 0.
     small = replace(one, padding=(0, 1, 0, 1), images=23, height=4, width=4)
@@ -36,19 +35,16 @@ def mutant_cases(kind: str, *, narrow: bool = False) -> list[Case]:
     tap = replace(row, kernel_size=(1, 1))
     ends = [stage * step + 1 for step in range(5)]
     ends += [stage * step + stage * eighth // 8 for step in range(5) for eighth in (1, 3, 5, 7)]
-    edges = [(35, 6), (41, 7), (52, 14), (62, 15), (35, 12), (35, 13)]
+    edges = [
+        (16 * blocks - lacking, 16 - other)
+        for blocks in (2, 3)
+        for lacking in range(chunk, 16, chunk)
+        for other in range(chunk, 16, chunk)
+    ]
     if kind == "f32":
         ends = list(range(1, 33))
         edges = [(21 + row, row) for row in range(1, 13)]
-    elif not ragged:
-        edges = [
-            (16 * blocks - lacking, 16 - other)
-            for blocks in (2, 3)
-            for lacking in (4, 8, 12)
-            for other in (4, 8, 12)
-        ]
-        edges = [(wide, high) for wide, high in edges if wide % chunk == high % chunk == 0]
-    cases = [
+    return [
         replace(small, in_channels=3 * cols - chunk, out_channels=2 * rows - chunk, density=0.7),
         replace(
             small, images=3, width=16, height=5, in_channels=2 * cols - chunk, out_channels=2 * rows - chunk
@@ -77,7 +73,6 @@ def mutant_cases(kind: str, *, narrow: bool = False) -> list[Case]:
         replace(tap, width=2, in_channels=2 * cols, out_channels=35 * rows, density=0.5),
         replace(tap, images=0),
     ]
-    return [replace(case, offset=int(narrow)) for case in cases]
 
 
 def faults(case: Case, **options) -> list[str]:
@@ -96,12 +91,12 @@ def every_mutant_is_noticed(kernel: str, cases: list[Case], equivalent: dict) ->
 # Mutants that compute the same, by what is done to which source line, and how many there are.
 EXISTS = "return place_of(args, tile, column).channel < args.gradient.input.cols;"
 STORE = "store_pair(values + row, row < filled ? first : 0.0f, row + 1 < filled ? second : 0.0f);"
-# The channels of the wide kernels come in chunks of 8. So do a fragment's columns: the first 8 of a block
-# exist wherever the block does, and are never the first of the padding.
-FIRST_COLUMNS = {("bound + 1", EXISTS): 4}
-# Rows come in chunks of 8 too: the second row of a pair is never the first of the padding, and the first row
-# of a block is so only where the whole column is padding.
-PAIRS = {("bound + 1", STORE): 16 + 4}
+# Channels come in chunks of 8 (tf32: 4), and so does what a thread or its fragment has of them. Columns but
+# the first of a chunk, and the first of a block, are never the first of the padding. Nor is the second row
+# of a pair, nor the first where the pair is the second of its chunk (tf32), or the first of the block
+# (16 bits) unless its whole column is padding.
+BF16_CHUNKS = {("bound + 1", EXISTS): 4, ("bound + 1", STORE): 16 + 4}
+TF32_CHUNKS = {("bound + 1", EXISTS): 6, ("bound + 1", STORE): 16 + 8}
 # One step of zeros: where there are no positions, and after the last position.
 STEPS = {
     (
@@ -116,9 +111,12 @@ STEPS = {
 
 
 def test_every_mutant_on_tensor_cores_is_noticed():
-    every_mutant_is_noticed(
-        "bf16_16", mutant_cases("bf16"), {**SEARCH, **BF16_COLUMNS, **FIRST_COLUMNS, **PAIRS}
-    )
+    every_mutant_is_noticed("bf16_16", mutant_cases("bf16"), {**SEARCH, **BF16_COLUMNS, **BF16_CHUNKS})
+
+
+@pytest.mark.skipif(not FULL_SWEEP, reason="FASTPRUNE_PTX_SWEEP=full runs it")
+def test_every_mutant_of_tf32_is_noticed():
+    every_mutant_is_noticed("tf32_16", mutant_cases("tf32"), {**SEARCH, **TF32_COLUMNS, **TF32_CHUNKS})
 
 
 @pytest.mark.skipif(not FULL_SWEEP, reason="FASTPRUNE_PTX_SWEEP=full runs it")

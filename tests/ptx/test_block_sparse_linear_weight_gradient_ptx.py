@@ -14,7 +14,6 @@ from .gradient_cases import (
     OPERAND_ROUNDING,
     RESULT_ROUNDING,
     SEARCH,
-    STAGES,
     TF32_COLUMNS,
     convert,
     random_structure,
@@ -267,6 +266,8 @@ def mutant_cases(kind: str, *, narrow: bool = False) -> list[Case]:
     ]
 
 
+# Stages of zeros after the last, which nobody reads.
+STAGES = {("bound + 1", "if (step < steps) {"): 3}
 # One step of zeros: where there are no samples, and after the last sample.
 STEPS = {
     (
