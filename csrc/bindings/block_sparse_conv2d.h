@@ -97,6 +97,33 @@ inline int64_t check_channels(const char* op, const ConvolutionGeometry& geometr
   return channel_blocks;
 }
 
+// grad_output must be what the forward of an input of this size returns.
+inline void check_grad_output(const char* op, const Tensor& grad_output, int64_t images,
+                              int64_t height, int64_t width, const ConvolutionGeometry& geometry) {
+  const OutputSize size = output_size(op, height, width, geometry);
+  check_size(op, "grad_output", grad_output, 0, images);
+  check_size(op, "grad_output", grad_output, 2, size.height);
+  check_size(op, "grad_output", grad_output, 3, size.width);
+}
+
+// The arguments of the weight gradient. Returns the block columns of a tap.
+inline int64_t check_conv2d_weight_gradient(const char* op, const Tensor& grad_output,
+                                            const Tensor& input, const Tensor& crow_indices,
+                                            const Tensor& col_indices, int64_t rows, int64_t cols,
+                                            const ConvolutionGeometry& geometry) {
+  check_dim(op, "grad_output", grad_output, 4);
+  check_dim(op, "input", input, 4);
+  check_same_device(op, "input", input, grad_output);
+  check_dtype(op, "input", input, grad_output.scalar_type());
+  check_indices(op, grad_output, crow_indices, col_indices);
+  check_block_sides(op, rows, cols);
+  const int64_t channel_blocks =
+      check_channels(op, geometry, input.size(1), grad_output.size(1), rows, cols);
+  check_size(op, "crow_indices", crow_indices, 0, ceil_divide(grad_output.size(1), rows) + 1);
+  check_grad_output(op, grad_output, input.size(0), input.size(2), input.size(3), geometry);
+  return channel_blocks;
+}
+
 // torch's rule for what counts as channels-last: the strides' order, in doubt contiguous.
 inline bool is_channels_last(const Tensor& images) {
   if (images.stride(1) == 0) return false;

@@ -13,15 +13,6 @@ namespace {
 constexpr const char* kInputGradientOp = "block_sparse_conv2d_input_gradient";
 constexpr const char* kWeightGradientOp = "block_sparse_conv2d_weight_gradient";
 
-// grad_output must be what the forward of an input of this size returns.
-void check_grad_output(const char* op, const Tensor& grad_output, int64_t images, int64_t height,
-                       int64_t width, const ConvolutionGeometry& geometry) {
-  const OutputSize size = output_size(op, height, width, geometry);
-  check_size(op, "grad_output", grad_output, 0, images);
-  check_size(op, "grad_output", grad_output, 2, size.height);
-  check_size(op, "grad_output", grad_output, 3, size.width);
-}
-
 // The taps that reach inputs (i * stride + phase) from outputs i + tap, of one dimension; `which`
 // gets their places in the kernel.
 std::vector<int64_t> gradient_taps(int64_t phase, int64_t kernel, int64_t stride, int64_t padding,
@@ -177,24 +168,17 @@ void run_weight_gradient(const Tensor& grad_output, const Tensor& input, const T
   });
 }
 
+// `allow_tf32` is for CUDA: a CPU's float32 has all its bits.
 Tensor block_sparse_conv2d_weight_gradient_cpu(
     const Tensor& grad_output, const Tensor& input, const Tensor& crow_indices,
     const Tensor& col_indices, int64_t rows, int64_t cols, const std::vector<int64_t>& kernel_size,
     const std::vector<int64_t>& stride, const std::vector<int64_t>& padding,
-    const std::vector<int64_t>& dilation, int64_t groups) {
+    const std::vector<int64_t>& dilation, int64_t groups, bool /*allow_tf32*/) {
   constexpr const char* kOp = kWeightGradientOp;
   const ConvolutionGeometry geometry =
       convolution_geometry(kOp, kernel_size, stride, padding, dilation, groups);
-  check_dim(kOp, "grad_output", grad_output, 4);
-  check_dim(kOp, "input", input, 4);
-  check_same_device(kOp, "input", input, grad_output);
-  check_dtype(kOp, "input", input, grad_output.scalar_type());
-  check_indices(kOp, grad_output, crow_indices, col_indices);
-  check_block_sides(kOp, rows, cols);
-  const int64_t channel_blocks =
-      check_channels(kOp, geometry, input.size(1), grad_output.size(1), rows, cols);
-  check_size(kOp, "crow_indices", crow_indices, 0, ceil_divide(grad_output.size(1), rows) + 1);
-  check_grad_output(kOp, grad_output, input.size(0), input.size(2), input.size(3), geometry);
+  const int64_t channel_blocks = check_conv2d_weight_gradient(kOp, grad_output, input, crow_indices,
+                                                              col_indices, rows, cols, geometry);
   const Tensor crow = as_contiguous(crow_indices), col = as_contiguous(col_indices);
   const Tensor grad_values = empty_tensor(grad_output, {col.size(0), cols, rows});
   with_floating_type(kOp, "grad_output", grad_output, [&](auto zero) {

@@ -1,37 +1,17 @@
-#include <cuda_bf16.h>
-#include <cuda_fp16.h>
 #include <torch/csrc/stable/library.h>
 
-#include "../kernels/cuda/block_sparse_linear_weight_gradient.h"
 #include "block_sparse_linear.h"
-#include "cuda_stream.h"
+#include "weight_gradient_cuda.h"
 
 namespace fastprune {
 namespace {
 
 constexpr const char* kOp = "block_sparse_linear_weight_gradient";
 
-WeightGradientType type_of(const Tensor& grad_output) {
-  switch (grad_output.scalar_type()) {
-    case ScalarType::Float:
-      return WeightGradientType::kFloat32;
-    case ScalarType::Half:
-      return WeightGradientType::kFloat16;
-    case ScalarType::BFloat16:
-      return WeightGradientType::kBfloat16;
-    default:
-      throw_value_error(kOp,
-                        ": on CUDA `grad_output` must have dtype Float, Half or BFloat16, got ",
-                        dtype_text(grad_output.scalar_type()));
-  }
-}
-
 bool has_aligned_rows(const Tensor& matrix) {
-  constexpr int64_t kCopy = 16;  // bytes
-  const auto address = reinterpret_cast<uintptr_t>(matrix.const_data_ptr());
-  return address % kCopy == 0 &&
+  return begins_aligned(matrix) &&
          (matrix.size(0) <= 1 ||
-          matrix.stride(0) * static_cast<int64_t>(matrix.element_size()) % kCopy == 0);
+          matrix.stride(0) * static_cast<int64_t>(matrix.element_size()) % 16 == 0);
 }
 
 template <class T>
@@ -42,17 +22,7 @@ cudaError_t launch(const Tensor& grad_output, const Tensor& input, const Tensor&
   BlockSparseLinearWeightGradientCudaArgs<T> args;
   args.gradient.input = matrix_view<T>(input);
   args.gradient.grad_output = matrix_view<T>(grad_output);
-  args.gradient.crow_indices = static_cast<const int32_t*>(crow_indices.const_data_ptr());
-  args.gradient.col_indices = static_cast<const int32_t*>(col_indices.const_data_ptr());
-  args.gradient.block_rows = crow_indices.size(0) - 1;
-  args.gradient.rows = grad_values.size(2);
-  args.gradient.cols = grad_values.size(1);
-  args.gradient.grad_values = static_cast<T*>(grad_values.mutable_data_ptr());
-  args.samples_per_slice = plan.samples_per_slice;
-  args.slices = plan.slices;
-  args.size = grad_values.numel();
-  args.partial_sums =
-      partial_sums ? static_cast<float*>(partial_sums->mutable_data_ptr()) : nullptr;
+  set_gradient_args(crow_indices, col_indices, grad_values, partial_sums, plan, args);
   return launch_block_sparse_linear_weight_gradient(args, plan, current_stream(grad_output));
 }
 
@@ -63,7 +33,7 @@ Tensor block_sparse_linear_weight_gradient_cuda(const Tensor& grad_output, const
                                                 const Tensor& col_indices, int64_t rows,
                                                 int64_t cols, bool allow_tf32) {
   check_weight_gradient(kOp, grad_output, input, crow_indices, col_indices, rows, cols);
-  const WeightGradientType type = type_of(grad_output);
+  const WeightGradientType type = weight_gradient_type(kOp, grad_output);
   const auto guard = device_guard(grad_output);
   const Tensor grad_matrix = as_matrix(grad_output), input_matrix = as_matrix(input);
   const Tensor crow = as_contiguous(crow_indices);
@@ -77,11 +47,7 @@ Tensor block_sparse_linear_weight_gradient_cuda(const Tensor& grad_output, const
                       rows, " x ", cols);
   }
   const Tensor grad_values = empty_tensor(grad_output, {col.size(0), cols, rows});
-  std::optional<Tensor> partial_sums;
-  if (plan->sum.grid[0] > 0) {
-    partial_sums = torch::stable::new_empty(grad_output, {plan->slices, col.size(0), cols, rows},
-                                            ScalarType::Float);
-  }
+  const std::optional<Tensor> partial_sums = make_partial_sums(grad_values, *plan);
   const auto run = type == WeightGradientType::kFloat32   ? &launch<float>
                    : type == WeightGradientType::kFloat16 ? &launch<__half>
                                                           : &launch<__nv_bfloat16>;

@@ -1,10 +1,14 @@
 #include "launch_plans.h"
 
+#include <pybind11/stl.h>
+
+#include <array>
+
 #include "../kernels/cuda/ablate_linear_plan.h"
 #include "../kernels/cuda/ablated_cross_entropy_plan.h"
 #include "../kernels/cuda/ablated_mlp_cross_entropy_plan.h"
+#include "../kernels/cuda/block_sparse_conv2d_weight_gradient_plan.h"
 #include "../kernels/cuda/block_sparse_linear_plan.h"
-#include "../kernels/cuda/block_sparse_linear_weight_gradient_plan.h"
 #include "../kernels/cuda/transposed_structure_plan.h"
 #include "tensor_checks.h"
 
@@ -60,31 +64,67 @@ py::dict plan_transposed(int64_t block_cols) {
   return as_dict(*plan);
 }
 
+WeightGradientType parse_weight_gradient_type(const char* op, const std::string& dtype) {
+  if (dtype == "float32") return WeightGradientType::kFloat32;
+  if (dtype == "float16") return WeightGradientType::kFloat16;
+  if (dtype == "bfloat16") return WeightGradientType::kBfloat16;
+  throw_value_error(op, ": `dtype` must be 'float32', 'float16' or 'bfloat16', got '", dtype, "'");
+}
+
+py::dict as_dict(const BlockSparseLinearWeightGradientPlan& plan) {
+  py::dict result;
+  result["product"] = as_dict(plan.product);
+  result["sum"] = as_dict(plan.sum);
+  result["slices"] = plan.slices;
+  result["samples_per_slice"] = plan.samples_per_slice;
+  return result;
+}
+
 py::dict plan_block_sparse_linear_weight_gradient(int64_t samples, int64_t in_features,
                                                   int64_t out_features, int64_t rows, int64_t cols,
                                                   int64_t kept, const std::string& dtype,
                                                   bool allow_tf32, bool aligned) {
-  WeightGradientType type = WeightGradientType::kFloat32;
-  if (dtype == "float16") {
-    type = WeightGradientType::kFloat16;
-  } else if (dtype == "bfloat16") {
-    type = WeightGradientType::kBfloat16;
-  } else if (dtype != "float32") {
-    throw_value_error("block_sparse_linear_weight_gradient: `dtype` must be 'float32', 'float16' ",
-                      "or 'bfloat16', got '", dtype, "'");
-  }
   const auto plan = plan_block_sparse_linear_weight_gradient_cuda(
-      {samples, in_features, out_features, rows, cols, kept}, type, allow_tf32, aligned);
+      {samples, in_features, out_features, rows, cols, kept},
+      parse_weight_gradient_type("block_sparse_linear_weight_gradient", dtype), allow_tf32,
+      aligned);
   if (!plan) {
     throw_value_error("block_sparse_linear_weight_gradient: no CUDA grid covers samples=", samples,
                       ", in_features=", in_features, ", out_features=", out_features,
                       ", kept=", kept, " with blocks of rows=", rows, ", cols=", cols);
   }
-  py::dict result;
-  result["product"] = as_dict(plan->product);
-  result["sum"] = as_dict(plan->sum);
-  result["slices"] = plan->slices;
-  result["samples_per_slice"] = plan->samples_per_slice;
+  return as_dict(*plan);
+}
+
+// input_size: images, channels, height, width. padding: top, bottom, left, right.
+py::dict plan_block_sparse_conv2d_weight_gradient(
+    const std::array<int64_t, 4>& input_size, int64_t out_channels,
+    const std::array<int64_t, 2>& output_size, const std::array<int64_t, 2>& kernel_size,
+    const std::array<int64_t, 2>& stride, const std::array<int64_t, 4>& padding,
+    const std::array<int64_t, 2>& dilation, int64_t groups, int64_t rows, int64_t cols,
+    int64_t kept, const std::string& dtype, bool allow_tf32, bool aligned) {
+  constexpr const char* kOp = "block_sparse_conv2d_weight_gradient";
+  const ConvolutionGeometry geometry{kernel_size[0], kernel_size[1], stride[0],  stride[1],
+                                     padding[0],     padding[1],     padding[2], padding[3],
+                                     dilation[0],    dilation[1],    groups};
+  const auto plan = plan_block_sparse_conv2d_weight_gradient_cuda(
+      {input_size[0], input_size[1], input_size[2], input_size[3], out_channels, output_size[0],
+       output_size[1], geometry, rows, cols, kept},
+      parse_weight_gradient_type(kOp, dtype), allow_tf32, aligned);
+  if (!plan) {
+    throw_value_error(kOp, ": no CUDA grid covers images=", input_size[0],
+                      ", in_channels=", input_size[1], ", height=", input_size[2],
+                      ", width=", input_size[3], ", out_channels=", out_channels, ", kept=", kept,
+                      " with blocks of rows=", rows, ", cols=", cols);
+  }
+  py::dict result = as_dict(plan->launch);
+  const ConvolutionPositions& p = plan->positions;
+  result["pointwise"] = plan->pointwise;
+  // In the order of ConvolutionPositions.
+  result["positions"] = py::make_tuple(
+      p.height, p.width, p.output_height, p.output_width, p.row_step, p.column_step, p.kernel_width,
+      p.padding_top, p.padding_left, p.dilation_height, p.dilation_width, p.row_span, p.column_span,
+      p.advance_row, p.advance_column, p.advance_pixels, p.next_row_pixels, p.next_image_pixels);
   return result;
 }
 
@@ -169,6 +209,13 @@ void define_launch_plans(py::module_& module) {
              py::arg("in_features"), py::arg("out_features"), py::arg("rows"), py::arg("cols"),
              py::arg("kept"), py::arg("dtype"), py::arg("allow_tf32"), py::arg("aligned"),
              "Returns how the CUDA kernels are launched: product, sum, slices, samples_per_slice.");
+  module.def("plan_block_sparse_conv2d_weight_gradient_cuda",
+             &plan_block_sparse_conv2d_weight_gradient, py::kw_only(), py::arg("input_size"),
+             py::arg("out_channels"), py::arg("output_size"), py::arg("kernel_size"),
+             py::arg("stride"), py::arg("padding"), py::arg("dilation"), py::arg("groups"),
+             py::arg("rows"), py::arg("cols"), py::arg("kept"), py::arg("dtype"),
+             py::arg("allow_tf32"), py::arg("aligned"),
+             "Returns the same for a convolution, and the walk over its output positions.");
   define_loss_plans(module);
 }
 

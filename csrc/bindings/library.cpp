@@ -35,8 +35,8 @@ STABLE_TORCH_LIBRARY(fastprune, library) {
       "int[] stride, int[] padding, int[] dilation, int groups) -> Tensor");
   library.def(
       "block_sparse_conv2d_weight_gradient(Tensor grad_output, Tensor input, Tensor crow_indices, "
-      "Tensor col_indices, int rows, int cols, int[] kernel_size, "
-      "int[] stride, int[] padding, int[] dilation, int groups) -> Tensor");
+      "Tensor col_indices, int rows, int cols, int[] kernel_size, int[] stride, int[] padding, "
+      "int[] dilation, int groups, bool allow_tf32=False) -> Tensor");
   library.def(
       "ablated_cross_entropy(Tensor logits, Tensor hidden, Tensor weight, Tensor targets, "
       "Tensor pieces, Tensor? sample_weight) -> Tensor");

@@ -11,7 +11,9 @@
 //             zero
 //
 // Sums accumulate in T, in each lane over all images and then over the lanes, in an order that
-// depends on the sizes alone: the bits do not depend on the number of threads.
+// depends on the sizes alone: the bits do not depend on the number of threads. On CUDA they
+// accumulate in float, also for 16-bit T, in slices of the output positions that depend on the
+// sizes alone, and whose sums are added in order.
 #pragma once
 
 #include "block_sparse_conv2d.h"

@@ -161,6 +161,7 @@ def _weight_gradient_fake(
     padding: list[int],
     dilation: list[int],
     groups: int,
+    allow_tf32: bool = False,
 ) -> Tensor:
     op = "block_sparse_conv2d_weight_gradient"
     _check_geometry(op, kernel_size, stride, padding, dilation)
@@ -178,7 +179,8 @@ def _weight_gradient_fake(
 
 
 # As for the linear: the convolution and its two gradients are each linear in two tensors, and one another's
-# derivatives. `geometry` is kernel_size, stride, padding, dilation, groups. On CUDA the twins stand in.
+# derivatives. `geometry` is kernel_size, stride, padding, dilation, groups. On CUDA the twins stand in for
+# the convolution and its input gradient.
 
 
 def _names(geometry: tuple) -> dict[str, Any]:
@@ -210,10 +212,6 @@ def _input_gradient(
 def _weight_gradient(
     grad_output: Tensor, input: Tensor, structure: tuple, blocksize: tuple[int, int], geometry: tuple
 ) -> Tensor:
-    if grad_output.is_cuda:
-        return reference.block_sparse_conv2d_weight_gradient(
-            grad_output, input, *structure, blocksize=blocksize, **_names(geometry)
-        )
     return _ops.block_sparse_conv2d_weight_gradient(grad_output, input, *structure, *blocksize, *geometry)
 
 
@@ -276,7 +274,7 @@ def _input_gradient_backward(ctx: Any, grad: Tensor) -> tuple:
 
 def _weight_gradient_setup(ctx: Any, inputs: tuple, output: Tensor) -> None:
     ctx.save_for_backward(*inputs[:4])
-    ctx.geometry = tuple(inputs[6:])
+    ctx.geometry = tuple(inputs[6:11])
 
 
 def _weight_gradient_backward(ctx: Any, grad: Tensor) -> tuple:
@@ -287,7 +285,7 @@ def _weight_gradient_backward(ctx: Any, grad: Tensor) -> tuple:
         grad_grad_output = _convolution(input, grad, structure, grad_output.shape[1], ctx.geometry)
     if ctx.needs_input_grad[1]:
         grad_input = _input_gradient(grad_output, grad, structure, input.shape, ctx.geometry)
-    return (grad_grad_output, grad_input, *[None] * 9)
+    return (grad_grad_output, grad_input, *[None] * 10)
 
 
 def _flops(outputs: Any, kept: int, cols: int, rows: int) -> int:

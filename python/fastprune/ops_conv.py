@@ -8,9 +8,21 @@ from torch import Tensor
 from . import _registration_conv as _registration_conv  # registers shapes and gradients
 from . import reference
 from ._dispatch import is_transformed, lacks_cuda_kernel, needs_grad
+from ._fake_checks import CUDA_DTYPES
 from ._registration import CLIPPING
 
 _ops = torch.ops.fastprune
+
+
+@torch.compiler.assume_constant_result
+def _tf32_allowed() -> bool:
+    # This one can always be read: it shows what was set through `torch.backends.cudnn.allow_tf32` too.
+    return torch.backends.cudnn.conv.fp32_precision == "tf32"  # type: ignore[attr-defined]
+
+
+def _allow_tf32(tensor: Tensor) -> bool:
+    """Whether convolutions of a tensor may round their float32 operands to tf32, as torch's own do."""
+    return tensor.is_cuda and tensor.dtype == torch.float32 and _tf32_allowed()
 
 
 def block_sparse_conv2d(
@@ -178,7 +190,9 @@ def block_sparse_conv2d_weight_gradient(
     """Return the gradient of the kept blocks of the weight of :func:`block_sparse_conv2d`.
 
     Differentiable in ``grad_output`` and ``input``. Only the kept blocks are computed. Sums accumulate in the
-    dtype of ``grad_output``, in an order that depends on the sizes alone. What is not named here is as there.
+    dtype of ``grad_output``, on CUDA in float32, in an order that depends on the sizes alone. On CUDA blocks
+    whose sides are multiples of 16 run on tensor cores, float32 only where ``torch.backends.cudnn`` allows
+    tf32; channels-last images are read in place, others copied. What is not named here is as there.
 
     Example:
         >>> grad_values = fp.ops.block_sparse_conv2d_weight_gradient(
@@ -186,7 +200,8 @@ def block_sparse_conv2d_weight_gradient(
         ...     kernel_size=(3, 3), padding=(1, 1, 1, 1))
 
     Args:
-        grad_output: ``[images, out_channels, output_height, output_width]``, float32 or float64.
+        grad_output: ``[images, out_channels, output_height, output_width]``, float32 or float64 (CUDA:
+            float32, float16 or bfloat16; float64 runs through the dense gradient).
         input: ``[images, in_channels, height, width]``, the dtype of ``grad_output``.
         crow_indices: ``[ceil(out_channels / rows) + 1]``, int32.
         col_indices: ``[kept]``, int32, increasing within a block row.
@@ -206,7 +221,9 @@ def block_sparse_conv2d_weight_gradient(
 
     """
     geometry = (kernel_size, stride, padding, dilation, groups)
-    if is_transformed() or lacks_cuda_kernel("block_sparse_conv2d_weight_gradient", grad_output, False):
+    op = "block_sparse_conv2d_weight_gradient"
+    supported = grad_output.dtype in CUDA_DTYPES
+    if is_transformed() or lacks_cuda_kernel(op, grad_output, supported):
         return reference.block_sparse_conv2d_weight_gradient(
             grad_output,
             input,
@@ -220,5 +237,5 @@ def block_sparse_conv2d_weight_gradient(
             groups=groups,
         )
     return _ops.block_sparse_conv2d_weight_gradient(
-        grad_output, input, crow_indices, col_indices, *blocksize, *geometry
+        grad_output, input, crow_indices, col_indices, *blocksize, *geometry, _allow_tf32(grad_output)
     )

@@ -19,7 +19,7 @@ class Mutant:
     """A kernel's PTX with one instruction changed; a harness may call it to transform its own PTX.
 
     ``kind`` is "no barrier", "no wait" (for an asynchronous copy), "bound + 1" (a comparison that takes in
-    one index more or less), "no guard" (a branch or memory access that no longer depends on its predicate)
+    one index more or less), "no guard" (a branch, memory access or sum that depends on no predicate any more)
     or "tile - 1" (a size cut to one below the tile's); ``where`` is the line of source that it comes from.
     ``probe`` is PTX that executes "{}" where a thread is about to do other than in the unbroken kernel, for
     the line at ``index`` of the kernel's PTX.
@@ -82,7 +82,7 @@ def mutants_of(op: str, kernel: str, arch: str = "compute_80") -> list[Mutant]:
             mutate("bound + 1", index, changed, f"{equal} @%probe {{}}")
         elif match := re.match(r"\s*(@!?%p\d+)\s+bra", line):
             mutate("no guard", index, "", f"{match[1]} {{}}")
-        elif match := re.match(r"\s*@(!?)(%p\d+)\s+((?:ld|st|cp)\..*)", line):
+        elif match := re.match(r"\s*@(!?)(%p\d+)\s+((?:ld|st|cp|add|sub)\..*)", line):
             mutate("no guard", index, match[3], f"@{'' if match[1] else '!'}{match[2]} {{}}")
         elif match := re.match(r"\s*min\.(s\d+)\s+%\w+, ([^,]+), (\d+);", line):
             # One more is no mutant: no thread has an index past its tile.

@@ -8,26 +8,24 @@ import numpy as np
 import pytest
 
 from . import harness
+from .gradient_cases import (
+    BF16_COLUMNS,
+    EPSILON,
+    OPERAND_ROUNDING,
+    RESULT_ROUNDING,
+    SEARCH,
+    TF32_COLUMNS,
+    convert,
+    random_structure,
+    unnoticed_mutants,
+)
 from .harness_weight_gradient import OP, block_sparse_linear_weight_gradient, to_float
-from .mutants import Runs, mutants_of, sample_of, unnoticed
 
 pytestmark = pytest.mark.skipif(
     harness.unavailable_reason() is not None, reason=harness.unavailable_reason() or ""
 )
 FULL_SWEEP = harness.FULL_SWEEP
 SCHEDULES = harness.SCHEDULES
-EPSILON = float(np.finfo(np.float32).eps)
-# Half a unit in the last place: of each operand as the kernel multiplies it, and of the result.
-OPERAND_ROUNDING = {"f32": 0.0, "tf32": 2.0**-11, "f16": 0.0, "bf16": 0.0}
-RESULT_ROUNDING = {"f32": 0.0, "tf32": 0.0, "f16": 2.0**-11, "bf16": 2.0**-8}
-
-
-def convert(array: np.ndarray, kind: str) -> np.ndarray:
-    """Round to a type; bfloat16 as its bits."""
-    if kind == "bf16":
-        bits = np.where(np.isnan(array), np.nan, array).astype(np.float32).view(np.uint32)
-        return ((bits + 0x7FFF + (bits >> 16 & 1)) >> 16).astype(np.uint16)
-    return array.astype(np.float16 if kind == "f16" else np.float32)
 
 
 @dataclass(frozen=True)
@@ -59,15 +57,13 @@ class Case:
     def arguments(self) -> dict:
         """Make random arguments, with an empty block row where some blocks are lost."""
         rng = np.random.default_rng([self.seed, *map(ord, repr(self))])
-        block_rows, block_cols = -(-self.out_features // self.rows), -(-self.in_features // self.cols)
-        mask = rng.random((block_rows, block_cols)) < self.density
-        if 0 < self.density < 1 and block_rows > 1:
-            mask[rng.integers(block_rows)] = False
+        grid = (-(-self.out_features // self.rows), -(-self.in_features // self.cols))
+        crow_indices, col_indices = random_structure(rng, grid, self.density)
         return {
             "grad_output": self.operand(rng, self.out_features),
             "input": self.operand(rng, self.in_features),
-            "crow_indices": np.concatenate([[0], mask.sum(1).cumsum()]).astype(np.int32),
-            "col_indices": np.argwhere(mask)[:, 1].astype(np.int32),
+            "crow_indices": crow_indices,
+            "col_indices": col_indices,
             "blocksize": (self.rows, self.cols),
             "allow_tf32": self.kind == "tf32",
             "offset": self.offset,
@@ -270,12 +266,6 @@ def mutant_cases(kind: str, *, narrow: bool = False) -> list[Case]:
     ]
 
 
-# Mutants that compute the same, by what is done to which source line, and how many there are.
-SEARCH = {
-    ("bound + 1", "while (high - low > 1) {"): 1,  # one step more over one block row
-    ("bound + 1", "if (tile.first_column >= tile.columns) return;"): 1,  # an empty tile stores nothing
-    ("no guard", "if (tile.first_column >= tile.columns) return;"): 1,
-}
 # Stages of zeros after the last, which nobody reads.
 STAGES = {("bound + 1", "if (step < steps) {"): 3}
 # One step of zeros: where there are no samples, and after the last sample.
@@ -284,11 +274,8 @@ STEPS = {
         "no guard",
         "for (int begin = 0, parity = 0; begin < slice.samples; begin += kPlainStep, parity ^= 1) {",
     ): 1,
-    ("bound + 1", "const bool exists = input && begin + s < slice.samples;"): 1,  # the loop's own end
+    ("bound + 1", "const bool exists = input && sample < samples;"): 1,  # the loop's own end
 }
-# Kept columns end at a multiple of 16, which only the first column of a fragment can be.
-BF16_COLUMNS = {("bound + 1", "if (column >= tile.columns) continue;"): 4}
-TF32_COLUMNS = {("bound + 1", "if (column >= tile.columns) continue;"): 6}
 
 
 def faults(case: Case, **options) -> list[str]:
@@ -296,24 +283,12 @@ def faults(case: Case, **options) -> list[str]:
 
 
 def every_mutant_is_noticed(kernel: str, cases: list[Case], equivalent: dict, step: str = "product") -> None:
-    mutants = mutants_of(OP, f"{OP}_{kernel}")
-    assert len(mutants) > 8
-    chosen = mutants
-    if not FULL_SWEEP:
-        # The waits, the barriers, and some of each other kind.
-        chosen = [mutant for mutant in mutants if mutant.kind in ("no barrier", "no wait")]
-        chosen += [mutant for mutant in sample_of(mutants, 6, equivalent) if mutant not in chosen]
-    runs = Runs(
-        chosen,
-        [
-            functools.partial(faults, case, order=order, transformed=step)
-            for order, some in (("forward", cases), ("reverse", cases[:2]))
-            for case in some
-        ],
-    )
-    known = [mutant for mutant, count in equivalent.items() for _ in range(count)]
-    assert unnoticed(chosen, runs, known) == []
-    assert runs.faults == []
+    runs = [
+        functools.partial(faults, case, order=order, transformed=step)
+        for order, some in (("forward", cases), ("reverse", cases[:2]))
+        for case in some
+    ]
+    assert unnoticed_mutants(f"{OP}_{kernel}", runs, equivalent) == ([], [])
 
 
 def test_every_mutant_on_tensor_cores_is_noticed():

@@ -24,4 +24,9 @@ cudaError_t launch_block_sparse_linear_weight_gradient(
     const BlockSparseLinearWeightGradientCudaArgs<T>& args,
     const BlockSparseLinearWeightGradientPlan& plan, cudaStream_t stream);
 
+// Queues the kernel that adds the slices' sums, if the plan has one.
+template <class T>
+cudaError_t launch_weight_gradient_sum(const BlockSparseLinearWeightGradientCudaArgs<T>& args,
+                                       const LaunchPlan& plan, cudaStream_t stream);
+
 }  // namespace fastprune

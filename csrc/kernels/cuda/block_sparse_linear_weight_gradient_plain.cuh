@@ -20,7 +20,7 @@
 // where R = 64.
 #pragma once
 
-#include "block_sparse_linear_weight_gradient_tiles.cuh"
+#include "block_sparse_linear_weight_gradient_operands.cuh"
 
 namespace fastprune {
 
@@ -32,9 +32,10 @@ struct PlainTiles {
   float grads[kPlainStep][kRows];
 };
 
-template <class T, int kRows>
-__device__ __forceinline__ void weight_gradient_by_multiply_adds(
-    const BlockSparseLinearWeightGradientCudaArgs<T>& args, PlainTiles<kRows> (&tiles)[2]) {
+template <class Input, int kRows>
+__device__ __forceinline__ void weight_gradient_by_multiply_adds(const typename Input::Args& args,
+                                                                 PlainTiles<kRows> (&tiles)[2]) {
+  using T = typename Input::Type;
   constexpr int kSquares = kRows == 16 ? 1 : 2;  // in each direction
   constexpr int kThreadsAlongRows = kRows / (4 * kSquares);
   constexpr int kThreadsAlongColumns = kGradientThreads / kThreadsAlongRows;
@@ -52,12 +53,9 @@ __device__ __forceinline__ void weight_gradient_by_multiply_adds(
   const int existing_rows =
       min(rows, static_cast<int>(gradient.grad_output.cols) - tile.first_output);
 
-  const T* input = nullptr;
+  typename Input::Column input(args);
   if (const int column = tile.first_column + thread; column < tile.columns) {
-    const int64_t place = input_column(gradient, tile, column);
-    if (place < gradient.input.cols) {
-      input = gradient.input.data + slice.begin * gradient.input.row_stride + place;
-    }
+    input.start(tile, slice, column);
   }
   const int grad_row = first_row + thread % kRows, grad_sample = thread / kRows;
   const T* grad = nullptr;
@@ -71,8 +69,7 @@ __device__ __forceinline__ void weight_gradient_by_multiply_adds(
   const auto load = [&](int begin) {
 #pragma unroll
     for (int s = 0; s < kPlainStep; ++s) {
-      const bool exists = input && begin + s < slice.samples;
-      next_inputs[s] = exists ? to_float(input[(begin + s) * gradient.input.row_stride]) : 0.0f;
+      next_inputs[s] = input.next(begin + s, slice.samples);
     }
 #pragma unroll
     for (int i = 0; i < kPlainStep / kGradApart; ++i) {
@@ -131,8 +128,7 @@ __device__ __forceinline__ void weight_gradient_by_multiply_adds(
         const int column = tile.first_column + 4 * (y + i * kThreadsAlongColumns) + c;
         if (column >= tile.columns) continue;
         // Set, not multiplied: a product of a zero in the padding with infinity is NaN.
-        const int filled =
-            input_column(gradient, tile, column) < gradient.input.cols ? existing_rows : 0;
+        const int filled = Input::exists(args, tile, column) ? existing_rows : 0;
         auto* values = grad_values + (int64_t{tile.first_block} * gradient.cols + column) * rows;
 #pragma unroll
         for (int j = 0; j < kSquares; ++j) {

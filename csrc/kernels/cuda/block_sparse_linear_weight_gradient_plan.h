@@ -47,26 +47,30 @@ template <int kTileRows>
 constexpr int kGradientSharedBytes =
     kGradientStages<kTileRows> * kGradientStageBytes * (kGradientTileColumns + kTileRows);
 
+// By type, as WeightGradientType counts them.
+struct WeightGradientNames {
+  const char* plain[3][2];            // by tile
+  const char* tensor_cores[3][2][4];  // by alignment, then by tile
+};
+
+#define FASTPRUNE_PLAIN(op, type) {#op "_plain_" #type "_16", #op "_plain_" #type "_64"}
+#define FASTPRUNE_TILES(op, type, suffix)                                              \
+  {#op "_" #type "_16" suffix, #op "_" #type "_32" suffix, #op "_" #type "_64" suffix, \
+   #op "_" #type "_128" suffix}
+#define FASTPRUNE_TENSOR_CORES(op, type) \
+  {FASTPRUNE_TILES(op, type, ""), FASTPRUNE_TILES(op, type, "_narrow")}
+#define FASTPRUNE_WEIGHT_GRADIENT_NAMES(op)                                            \
+  {                                                                                    \
+    {FASTPRUNE_PLAIN(op, f32), FASTPRUNE_PLAIN(op, f16), FASTPRUNE_PLAIN(op, bf16)}, { \
+      FASTPRUNE_TENSOR_CORES(op, tf32), FASTPRUNE_TENSOR_CORES(op, f16),               \
+          FASTPRUNE_TENSOR_CORES(op, bf16)                                             \
+    }                                                                                  \
+  }
+
 namespace weight_gradient_plan {
 
-#define FASTPRUNE_PLAIN(type)                                \
-  {"block_sparse_linear_weight_gradient_plain_" #type "_16", \
-   "block_sparse_linear_weight_gradient_plain_" #type "_64"}
-#define FASTPRUNE_TILES(type, suffix)                         \
-  {"block_sparse_linear_weight_gradient_" #type "_16" suffix, \
-   "block_sparse_linear_weight_gradient_" #type "_32" suffix, \
-   "block_sparse_linear_weight_gradient_" #type "_64" suffix, \
-   "block_sparse_linear_weight_gradient_" #type "_128" suffix}
-#define FASTPRUNE_TENSOR_CORES(type) {FASTPRUNE_TILES(type, ""), FASTPRUNE_TILES(type, "_narrow")}
-
-// By type, as WeightGradientType counts them; then by alignment; then by tile.
-constexpr const char* kPlain[3][2] = {FASTPRUNE_PLAIN(f32), FASTPRUNE_PLAIN(f16),
-                                      FASTPRUNE_PLAIN(bf16)};
-constexpr const char* kTensorCores[3][2][4] = {
-    FASTPRUNE_TENSOR_CORES(tf32), FASTPRUNE_TENSOR_CORES(f16), FASTPRUNE_TENSOR_CORES(bf16)};
-#undef FASTPRUNE_TENSOR_CORES
-#undef FASTPRUNE_TILES
-#undef FASTPRUNE_PLAIN
+constexpr WeightGradientNames kLinear =
+    FASTPRUNE_WEIGHT_GRADIENT_NAMES(block_sparse_linear_weight_gradient);
 
 // By tile.
 constexpr uint32_t kSharedBytes[4] = {kGradientSharedBytes<16>, kGradientSharedBytes<32>,
@@ -80,13 +84,19 @@ constexpr int64_t divide_up(int64_t a, int64_t b) { return a / b + (a % b != 0);
 
 }  // namespace weight_gradient_plan
 
+// Whether blocks are whole fragments of the tensor cores, and the type's products are theirs.
+constexpr bool takes_tensor_cores(int64_t rows, int64_t cols, WeightGradientType type,
+                                  bool allow_tf32) {
+  return rows % 16 == 0 && cols % 16 == 0 && (type != WeightGradientType::kFloat32 || allow_tf32);
+}
+
 // `aligned`: every row of both operands begins at a multiple of 16 bytes. Nothing where a size is
 // out of range or a grid cannot hold the thread blocks. A grid of 0 thread blocks means an empty
-// result, and must not be launched.
+// result, and must not be launched. `kernels` multiply; the sum of slices is the same for all.
 inline std::optional<BlockSparseLinearWeightGradientPlan>
-plan_block_sparse_linear_weight_gradient_cuda(const BlockSparseLinearWeightGradientShape& shape,
-                                              WeightGradientType type, bool allow_tf32,
-                                              bool aligned) {
+plan_block_sparse_linear_weight_gradient_cuda(
+    const BlockSparseLinearWeightGradientShape& shape, WeightGradientType type, bool allow_tf32,
+    bool aligned, const WeightGradientNames& kernels = weight_gradient_plan::kLinear) {
   using namespace weight_gradient_plan;
   constexpr int64_t kMaxFeatures = int64_t{1} << 30;  // the kernels count features in int
   constexpr int64_t kMaxKept = 2147483647;
@@ -98,18 +108,16 @@ plan_block_sparse_linear_weight_gradient_cuda(const BlockSparseLinearWeightGradi
     return std::nullopt;
   }
   const auto type_index = static_cast<int>(type);
-  const bool tensor_cores = shape.rows % 16 == 0 && shape.cols % 16 == 0 &&
-                            (type != WeightGradientType::kFloat32 || allow_tf32);
   LaunchPlan product{nullptr, {0, 1, 1}, {kGradientThreads, 1, 1}, 0};
   int64_t row_tiles = 1;
-  if (tensor_cores) {
+  if (takes_tensor_cores(shape.rows, shape.cols, type, allow_tf32)) {
     int size = 0;
     while ((16 << size) < shape.rows) ++size;
-    product.kernel = kTensorCores[type_index][aligned ? 0 : 1][size];
+    product.kernel = kernels.tensor_cores[type_index][aligned ? 0 : 1][size];
     product.shared_bytes = kSharedBytes[size];
   } else {
     const bool large = shape.rows > 32;
-    product.kernel = kPlain[type_index][large ? 1 : 0];
+    product.kernel = kernels.plain[type_index][large ? 1 : 0];
     row_tiles = divide_up(shape.rows, large ? 64 : 16);
   }
 

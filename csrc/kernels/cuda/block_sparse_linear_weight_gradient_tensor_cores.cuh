@@ -27,80 +27,9 @@
 // gives them to four rows (columns) of the fragments, a permutation that the store undoes.
 #pragma once
 
-#include "block_sparse_linear_weight_gradient_tiles.cuh"
-#include "ptx.cuh"
+#include "block_sparse_linear_weight_gradient_operands.cuh"
 
 namespace fastprune {
-
-// Where a chunk of 16 bytes of a sample lies in a tile of kChunks of them for each sample.
-template <class T, int kChunks>
-__device__ __forceinline__ int chunk_place(int sample, int chunk) {
-  if constexpr (sizeof(T) == 2) {
-    constexpr int kSamplesOfLine = kChunks < 8 ? 8 / kChunks : 1;  // 128 bytes: all banks
-    chunk ^= sample / kSamplesOfLine % (kChunks < 8 ? kChunks : 8);
-  } else {
-    chunk ^= kChunks < 8 ? sample & 2 : sample % 4 * 2;
-  }
-  return sample * kChunks + chunk;
-}
-
-// What one thread copies of an operand in each stage: the same chunk of every kApart-th sample.
-template <class T, int kTileWidth, bool kAligned>
-struct OperandCopies {
-  static constexpr int kElements = 16 / sizeof(T);
-  static constexpr int kChunks = kTileWidth / kElements;
-  static constexpr int kSamples = kGradientStageBytes / sizeof(T);
-  static constexpr int kApart = kGradientThreads / kChunks;
-
-  const T* next;  // this thread's chunk in the next stage to be copied
-  int64_t row_stride;
-  int elements;  // that exist of the chunk; the others are zeros
-  int sample, chunk;
-
-  __device__ __forceinline__ OperandCopies(int64_t stride)
-      : next(nullptr),
-        row_stride(stride),
-        elements(0),
-        sample(static_cast<int>(threadIdx.x) / kChunks),
-        chunk(static_cast<int>(threadIdx.x) % kChunks) {}
-
-  __device__ __forceinline__ void start(const T* data, int64_t first_sample, int64_t column,
-                                        int64_t columns) {
-    next = data + (first_sample + sample) * row_stride + column;
-    elements = static_cast<int>(max(min(columns - column, int64_t{kElements}), int64_t{0}));
-  }
-
-  // Samples from `samples` on do not exist, and are zeros.
-  __device__ __forceinline__ void copy(uint4* tile, int samples) {
-#pragma unroll
-    for (int s = 0; s < kSamples; s += kApart) {
-      if (kApart > kSamples && sample >= kSamples) break;
-      copy_chunk(tile + chunk_place<T, kChunks>(sample + s, chunk), next + s * row_stride,
-                 sample + s < samples ? elements : 0);
-    }
-    next += kSamples * row_stride;
-  }
-
-  __device__ __forceinline__ static void copy_chunk(uint4* to, const T* from, int valid) {
-    if constexpr (kAligned) {
-      copy_async<16>(to, from, valid * static_cast<int>(sizeof(T)));
-    } else if constexpr (sizeof(T) == 4) {
-#pragma unroll
-      for (int i = 0; i < kElements; ++i) {
-        copy_async<4>(reinterpret_cast<T*>(to) + i, from + i, i < valid ? 4 : 0);
-      }
-    } else {
-      // No asynchronous copy is as narrow as one element.
-      uint32_t bits[kElements];
-#pragma unroll
-      for (int i = 0; i < kElements; ++i) {
-        bits[i] = i < valid ? reinterpret_cast<const uint16_t*>(from)[i] : 0;
-      }
-      *to = {bits[0] | bits[1] << 16, bits[2] | bits[3] << 16, bits[4] | bits[5] << 16,
-             bits[6] | bits[7] << 16};
-    }
-  }
-};
 
 template <class T, int kRows>
 struct WarpTile {
@@ -212,13 +141,14 @@ struct WarpTile {
   }
 };
 
-template <class T, class Out, int kRows>
+template <class Input, class T, class Out, int kRows>
 __device__ __forceinline__ void store_gradient(const WarpTile<T, kRows>& warp,
-                                               const BlockSparseLinearWeightGradientArgs<T>& args,
+                                               const typename Input::Args& args,
                                                const GradientTile& tile, Out* grad_values) {
   using Warp = WarpTile<T, kRows>;
-  const auto rows = static_cast<int>(args.rows);
-  const int existing_rows = static_cast<int>(args.grad_output.cols) - tile.first_output;
+  const auto& gradient = args.gradient;
+  const auto rows = static_cast<int>(gradient.rows);
+  const int existing_rows = static_cast<int>(gradient.grad_output.cols) - tile.first_output;
 #pragma unroll
   for (int m = 0; m < Warp::kM; ++m) {
 #pragma unroll
@@ -226,8 +156,8 @@ __device__ __forceinline__ void store_gradient(const WarpTile<T, kRows>& warp,
       const int column = tile.first_column + warp.column_of(m, half);
       if (column >= tile.columns) continue;
       // Set, not multiplied: a product of a zero in the padding with infinity is NaN.
-      const int filled = input_column(args, tile, column) < args.input.cols ? existing_rows : 0;
-      Out* values = grad_values + (int64_t{tile.first_block} * args.cols + column) * rows;
+      const int filled = Input::exists(args, tile, column) ? existing_rows : 0;
+      Out* values = grad_values + (int64_t{tile.first_block} * gradient.cols + column) * rows;
 #pragma unroll
       for (int n = 0; n < Warp::kN; ++n) {
         float first, second;
@@ -241,12 +171,13 @@ __device__ __forceinline__ void store_gradient(const WarpTile<T, kRows>& warp,
   }
 }
 
-template <class T, int kRows, bool kAligned>
-__device__ __forceinline__ void weight_gradient_on_tensor_cores(
-    const BlockSparseLinearWeightGradientCudaArgs<T>& args, uint4* shared) {
+template <class Input, int kRows, bool kAligned>
+__device__ __forceinline__ void weight_gradient_on_tensor_cores(const typename Input::Args& args,
+                                                                uint4* shared) {
+  using T = typename Input::Type;
   constexpr int kStages = kGradientStages<kRows>;
   constexpr int kStageSamples = kGradientStageBytes / sizeof(T);
-  using InputCopies = OperandCopies<T, kGradientTileColumns, kAligned>;
+  using InputCopies = typename Input::template Copies<kAligned>;
   using GradCopies = OperandCopies<T, kRows, kAligned>;
   constexpr int kInputs = kStageSamples * InputCopies::kChunks;
   constexpr int kStage = kInputs + kStageSamples * GradCopies::kChunks;
@@ -257,12 +188,9 @@ __device__ __forceinline__ void weight_gradient_on_tensor_cores(
   if (tile.first_column >= tile.columns) return;
   const GradientSlice slice = gradient_slice(args);
 
-  InputCopies input_copies(gradient.input.row_stride);
+  InputCopies input_copies(args);
   const int column = tile.first_column + input_copies.chunk * InputCopies::kElements;
-  if (column < tile.columns) {
-    input_copies.start(gradient.input.data, slice.begin, input_column(gradient, tile, column),
-                       gradient.input.cols);
-  }
+  if (column < tile.columns) input_copies.start(tile, slice, column);
   GradCopies grad_copies(gradient.grad_output.row_stride);
   grad_copies.start(gradient.grad_output.data, slice.begin,
                     tile.first_output + grad_copies.chunk * GradCopies::kElements,
@@ -290,9 +218,9 @@ __device__ __forceinline__ void weight_gradient_on_tensor_cores(
   }
 
   if (args.partial_sums) {
-    store_gradient(warp, gradient, tile, args.partial_sums + blockIdx.z * args.size);
+    store_gradient<Input>(warp, args, tile, args.partial_sums + blockIdx.z * args.size);
   } else {
-    store_gradient(warp, gradient, tile, gradient.grad_values);
+    store_gradient<Input>(warp, args, tile, gradient.grad_values);
   }
 }
 
