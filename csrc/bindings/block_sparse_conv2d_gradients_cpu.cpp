@@ -13,15 +13,6 @@ namespace {
 constexpr const char* kInputGradientOp = "block_sparse_conv2d_input_gradient";
 constexpr const char* kWeightGradientOp = "block_sparse_conv2d_weight_gradient";
 
-// grad_output must be what the forward of an input of this size returns.
-void check_grad_output(const char* op, const Tensor& grad_output, int64_t images, int64_t height,
-                       int64_t width, const ConvolutionGeometry& geometry) {
-  const OutputSize size = output_size(op, height, width, geometry);
-  check_size(op, "grad_output", grad_output, 0, images);
-  check_size(op, "grad_output", grad_output, 2, size.height);
-  check_size(op, "grad_output", grad_output, 3, size.width);
-}
-
 // The taps that reach inputs (i * stride + phase) from outputs i + tap, of one dimension; `which`
 // gets their places in the kernel.
 std::vector<int64_t> gradient_taps(int64_t phase, int64_t kernel, int64_t stride, int64_t padding,
@@ -96,7 +87,8 @@ Tensor block_sparse_conv2d_input_gradient_cpu(
     const Tensor& grad_output, const Tensor& packed_values, const Tensor& crow_indices,
     const Tensor& col_indices, const std::vector<int64_t>& input_size,
     const std::vector<int64_t>& kernel_size, const std::vector<int64_t>& stride,
-    const std::vector<int64_t>& padding, const std::vector<int64_t>& dilation, int64_t groups) {
+    const std::vector<int64_t>& padding, const std::vector<int64_t>& dilation, int64_t groups,
+    bool /*allow_tf32*/) {
   constexpr const char* kOp = kInputGradientOp;
   const ConvolutionGeometry geometry =
       convolution_geometry(kOp, kernel_size, stride, padding, dilation, groups);
