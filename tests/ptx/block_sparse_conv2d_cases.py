@@ -8,6 +8,7 @@ from dataclasses import dataclass, fields
 
 import numpy as np
 import torch
+
 from fastprune import reference
 
 from . import harness
@@ -65,7 +66,8 @@ class Case:
         if 0 < self.density < 1 and block_rows > 1:
             mask[rng.integers(block_rows)] = False  # an empty block row
         if 0 < self.density < 1 and channel_blocks > 1:
-            mask[:, rng.integers(channel_blocks) :: channel_blocks] = False  # and an empty list of the gradient
+            # And an empty list of the input gradient.
+            mask[:, rng.integers(channel_blocks) :: channel_blocks] = False
         kept = np.argwhere(mask)
         packed = cast(rng.standard_normal((len(kept), self.cols, self.rows)), self.arithmetic)
         for block, (block_row, column) in zip(packed, kept, strict=True):
@@ -113,9 +115,8 @@ class Case:
 
         def convolve(images: np.ndarray, values: np.ndarray) -> np.ndarray:
             tensors = (torch.from_numpy(np.ascontiguousarray(images)), torch.from_numpy(values), *structure)
-            geometry = {
-                name: getattr(self, name) for name in ("kernel_size", "stride", "padding", "dilation", "groups")
-            }
+            names = ("kernel_size", "stride", "padding", "dilation", "groups")
+            geometry = {name: getattr(self, name) for name in names}
             if self.input_gradient:
                 size = (self.images, self.in_channels, self.height, self.width)
                 result = reference.block_sparse_conv2d_input_gradient(*tensors, input_size=size, **geometry)
@@ -199,3 +200,44 @@ def _ranks(case: Case) -> list[tuple[int, int]]:
         )
         for tap in range(len(taps))
     ]
+
+
+GEOMETRIES = [
+    {"kernel_size": (3, 3)},
+    {"kernel_size": (3, 3), "stride": (2, 2)},
+    {"kernel_size": (2, 3), "stride": (2, 3), "padding": (3, 0, 1, 2), "dilation": (2, 1)},
+    {"kernel_size": (1, 1), "stride": (2, 2), "padding": (0, 0, 0, 0)},
+    {"kernel_size": (1, 1), "padding": (1, 0, 0, 2)},
+    {"kernel_size": (5, 3), "padding": (2, 2, 2, 2), "dilation": (1, 2)},
+    # Of the input of these, some pixels are read by no tap.
+    {"kernel_size": (2, 2), "stride": (3, 3), "padding": (0, 1, 1, 0)},
+    {"kernel_size": (3, 3), "stride": (4, 6), "padding": (0, 4, 3, 1), "dilation": (2, 4)},
+    {"kernel_size": (1, 7), "stride": (1, 2), "padding": (0, 0, 3, 3)},
+    {"kernel_size": (3, 3), "padding": (6, 0, 0, 6), "dilation": (3, 3)},
+]
+
+
+def fits(case: Case) -> bool:
+    return min(case.convolution.output_size()) > 0
+
+
+def sized(inputs: int, outputs: int, input_gradient: bool = False, **options) -> Case:
+    """Return a call by the channels, and the sides of blocks, that its product reads and writes."""
+    block = (options.pop("block_outputs", 16), options.pop("block_steps", 16))
+    if input_gradient:
+        inputs, outputs, block = outputs, inputs, block[::-1]
+    return Case(
+        in_channels=inputs, out_channels=outputs, rows=block[0], cols=block[1],
+        input_gradient=input_gradient, **options,
+    )  # fmt: skip
+
+
+STRUCTURES = [
+    *(Case(**geometry) for geometry in GEOMETRIES),
+    Case(in_channels=15, out_channels=24, groups=3, rows=4, cols=2, stride=(2, 2)),
+    Case(in_channels=6, out_channels=600, rows=2, cols=2, density=0.4),
+    Case(in_channels=3, out_channels=513, rows=1, cols=1, stride=(1, 2), density=0.7),
+    Case(in_channels=4, out_channels=1024, groups=2, rows=1, cols=2, kernel_size=(1, 2), density=1.0),
+    Case(density=0.0),
+    Case(density=1.0, stride=(3, 2), dilation=(2, 4), padding=(4, 4, 4, 4)),
+]

@@ -12,7 +12,6 @@ from dataclasses import dataclass
 import numpy as np
 
 from . import harness
-from .harness_block_sparse_linear import arithmetic_of
 
 PLAIN = ("block_sparse_conv2d_f32", "block_sparse_conv2d_f16", "block_sparse_conv2d_bf16")
 
