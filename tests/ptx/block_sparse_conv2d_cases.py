@@ -87,6 +87,12 @@ class Case:
         bias = cast(rng.standard_normal(self.out_channels), self.arithmetic) if self.bias else None
         return {**arguments, "bias": bias, "activation": self.activation}
 
+    def output_shape(self) -> tuple[int, ...]:
+        """Return the shape of what is computed, channels last."""
+        if self.input_gradient:
+            return (self.images, self.height, self.width, self.in_channels)
+        return (self.images, *self.convolution.output_size(), self.out_channels)
+
     def run(self, arguments: dict, **options) -> tuple[np.ndarray, list[str]]:
         """Return the kernel's output and the simulator's findings."""
         if not self.input_gradient:
@@ -114,6 +120,8 @@ class Case:
         structure = [torch.from_numpy(arguments[name]) for name in ("crow_indices", "col_indices")]
 
         def convolve(images: np.ndarray, values: np.ndarray) -> np.ndarray:
+            if self.in_channels == 0 or self.out_channels == 0:  # torch refuses such weights
+                return np.zeros(self.output_shape())
             tensors = (torch.from_numpy(np.ascontiguousarray(images)), torch.from_numpy(values), *structure)
             names = ("kernel_size", "stride", "padding", "dilation", "groups")
             geometry = {name: getattr(self, name) for name in names}
@@ -127,7 +135,7 @@ class Case:
         bias = arguments.get("bias")
         # What is added in float is not rounded to tf32.
         plain = "float32" if self.arithmetic == "tf32" else self.arithmetic
-        bias = np.zeros(1) if bias is None else as_float64(bias, plain)
+        bias = np.zeros(self.output_shape()[3]) if bias is None else as_float64(bias, plain)
         taps = self.kernel_size[0] * self.kernel_size[1]
         terms = taps * (self.out_channels if self.input_gradient else self.in_channels) // self.groups
         with np.errstate(invalid="ignore"):
@@ -218,7 +226,9 @@ GEOMETRIES = [
 
 
 def fits(case: Case) -> bool:
-    return min(case.convolution.output_size()) > 0
+    """Tell whether the padded images hold the kernel, and blocks lie within groups."""
+    cut = case.groups > 1 and case.out_channels // case.groups % case.rows != 0
+    return min(case.convolution.output_size()) > 0 and not cut
 
 
 def sized(inputs: int, outputs: int, input_gradient: bool = False, **options) -> Case:

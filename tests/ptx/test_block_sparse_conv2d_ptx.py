@@ -35,7 +35,7 @@ def kernel_cases(**options) -> list[Case]:
         sized(72, 129, images=2, block_outputs=64, block_steps=64, density=0.6, **large),
         sized(32, 257, images=4, block_outputs=128, density=0.7, kernel_size=(2, 1), **large),
         # Strips of one tile that are of different groups.
-        sized(32, 64, groups=4, images=2, **large),
+        sized(64, 64, groups=4, images=2, **large),
         sized(160, 192, groups=2, images=2, density=0.3, **large),
     ]
 
