@@ -86,7 +86,7 @@ def result_where_nan_was(function: Callable[[], Tensor], like: Tensor, device: t
 
 def run_case(case: Case, device: torch.device, timer: ColdTimer | None, repeats: int) -> Result:
     """Check a case and, with a timer, measure it; what cannot run, or is wrong, stands under "failures"."""
-    torch.backends.cuda.matmul.allow_tf32 = case.dtype == "tf32"
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = case.dtype == "tf32"
     result: Result = {**asdict(case), "failures": {}, "seconds": {}}
     try:
         problem = make_problem(case, device, baselines=timer is not None)

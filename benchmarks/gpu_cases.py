@@ -18,6 +18,7 @@ SPARSITIES = (0.5, 0.75, 0.9, 0.95)
 BLOCKSIZES = (16, 32, 64, 128)
 SAMPLES = (1, 4, 16, 64, 256, 1024, 4096, 8192)
 LINEAR_OPS = ("forward", "input gradient", "weight gradient")
+CONVOLUTION_OPS = ("conv2d forward", "conv2d input gradient")
 LOSS_OPS = ("ablate_linear", "ablated_cross_entropy", "ablated_mlp_cross_entropy")
 # ‖result - float64‖ / ‖float64‖. Rounding the result alone gives about 2e-3, 2e-4 and 3e-8; tf32 keeps 10
 # bits of the factors.
@@ -26,7 +27,10 @@ TOLERANCES = {"bfloat16": 1e-2, "float16": 2e-3, "tf32": 2e-3, "float32": 2e-5}
 
 @dataclass(frozen=True)
 class Case:
-    """One call. ``dtype`` is "tf32" for float32 tensors where torch may use tf32 for its products."""
+    """One call. ``dtype`` is "tf32" for float32 tensors where torch may use tf32 for its products.
+
+    Samples of convolutions are images, features are channels.
+    """
 
     op: str
     dtype: str
@@ -69,12 +73,19 @@ def _plan() -> Iterator[Case]:
     for op in LINEAR_OPS[1:]:
         for samples, blocksize in itertools.product((4096, 64), BLOCKSIZES):
             yield Case(op, "bfloat16", samples, blocksize=blocksize)
+    for op, channels in itertools.product(CONVOLUTION_OPS, (64, 256)):
+        yield Case(op, "bfloat16", 32, channels, channels)
     for op in LOSS_OPS:
         yield Case(op, "float32", 2048, 512, 784)
     for dtype, samples in itertools.product(("float32", "tf32", "float16"), (4096, 64)):
         yield Case("forward", dtype, samples)
     for samples, sparsity, blocksize in itertools.product(SAMPLES, SPARSITIES, BLOCKSIZES):
         yield Case("forward", "bfloat16", samples, blocksize=blocksize, sparsity=sparsity)
+    for op, channels, sparsity in itertools.product(CONVOLUTION_OPS, (64, 128, 256, 512), SPARSITIES):
+        for blocksize, samples in itertools.product((16, 32, 64), (1, 32)):
+            yield Case(op, "bfloat16", samples, channels, channels, blocksize, sparsity)
+    for op, dtype in itertools.product(CONVOLUTION_OPS, ("float32", "tf32", "float16")):
+        yield Case(op, dtype, 32, 128, 128)
     for op, samples, sparsity in itertools.product(LINEAR_OPS[1:], (256, 8192), SPARSITIES):
         for blocksize in BLOCKSIZES:
             yield Case(op, "bfloat16", samples, blocksize=blocksize, sparsity=sparsity)
@@ -91,6 +102,9 @@ def small_plan() -> list[Case]:
     for op, dtype in itertools.product(LINEAR_OPS, TOLERANCES):
         for samples, size, blocksize in ((1, 151, 16), (17, 128, 32), (65, 129, 64), (129, 257, 128)):
             cases.append(Case(op, dtype, samples, size, size - 2, blocksize, 0.4))
+    for op, dtype in itertools.product(CONVOLUTION_OPS, TOLERANCES):
+        for images, size, blocksize in ((1, 512, 16), (3, 257, 32)):
+            cases.append(Case(op, dtype, images, size // 8 + 1, size - 2, blocksize, 0.4))
     cases += [Case(op, "float32", samples, 33, 47) for op in LOSS_OPS for samples in (1, 65)]
     return cases
 
@@ -98,8 +112,10 @@ def small_plan() -> list[Case]:
 def make_problem(case: Case, device: torch.device, baselines: bool = True) -> Problem:
     """Return a case's functions, with those it is compared with unless ``baselines`` is False."""
     torch.manual_seed(0)
-    make = _linear_problem if case.op in LINEAR_OPS else _loss_problem
-    problem = make(case, device)
+    if case.op in CONVOLUTION_OPS:
+        problem = _convolution_problem(case, device)
+    else:
+        problem = (_linear_problem if case.op in LINEAR_OPS else _loss_problem)(case, device)
     if not baselines:
         problem.functions = {"fastprune": problem.functions["fastprune"]}
     return problem
@@ -172,6 +188,51 @@ def _linear_problem(case: Case, device: torch.device) -> Problem:
     info = {"density": weight.density}
     unchecked = "dense" if case.op == "weight gradient" else None
     return Problem(functions, expected, TOLERANCES[case.dtype], flops, info, unchecked)
+
+
+def _convolution_problem(case: Case, device: torch.device) -> Problem:
+    """Kernels of 3 x 3 pixels in images as ResNet has them: 56 pixels wide with 64 channels, 7 with 512."""
+    width = max(1, 3584 // case.in_features)
+    channel_blocks = -(-case.in_features // case.blocksize)
+    rows, cols = -(-case.out_features // case.blocksize), 9 * channel_blocks
+    mask = torch.ones(rows * cols, dtype=torch.bool, device=device)
+    mask[torch.randperm(rows * cols, device=device)[: round(case.sparsity * rows * cols)]] = False
+    taps = torch.randn(case.out_features, 9, case.in_features, device=device).to(case.torch_dtype)
+    matrix = F.pad(taps, (0, -case.in_features % case.blocksize)).flatten(1)
+    weight = fp.BlockSparseTensor.from_dense(matrix, (case.blocksize,) * 2, mask=mask.view(rows, cols))
+    tensors = (weight.packed_values, weight.crow_indices, weight.col_indices)
+    geometry = {"kernel_size": (3, 3), "padding": (1, 1, 1, 1)}
+    positions = ((3, 3), (1, 1), (1, 1, 1, 1), (1, 1), 1)
+    size = (case.samples, case.in_features, width, width)
+    dense = reference.dense_conv2d_weight(
+        *tensors, out_channels=case.out_features, in_channels=case.in_features, kernel_size=(3, 3)
+    ).contiguous(memory_format=torch.channels_last)
+
+    def images(channels: int) -> Tensor:
+        random = torch.randn(case.samples, channels, width, width, device=device).to(case.torch_dtype)
+        return random.contiguous(memory_format=torch.channels_last)
+
+    tf32 = case.dtype == "tf32"
+    if case.op == "conv2d forward":
+        input = images(case.in_features)
+        name, rest = "block_sparse_conv2d_inference", (None, case.out_features, *positions, "none")
+        options: dict[str, Any] = {"out_channels": case.out_features}
+        twin = reference.block_sparse_conv2d
+        functions = {"dense": lambda: F.conv2d(input, dense, padding=1)}
+    else:
+        input = images(case.out_features)
+        name, rest = "block_sparse_conv2d_input_gradient", (size, *positions)
+        options = {"input_size": size}
+        twin = reference.block_sparse_conv2d_input_gradient
+        functions = {"dense": lambda: torch.nn.grad.conv2d_input(size, dense, input, padding=1)}
+
+    def expected(where: torch.device) -> Tensor:
+        moved = [tensor.to(where) for tensor in (input, *tensors)]
+        return twin(moved[0].double(), moved[1].double(), *moved[2:], **options, **geometry)
+
+    ours = {"fastprune": lambda: _op(name, input, *tensors, *rest, tf32=tf32)}
+    flops = 2.0 * case.samples * width * width * weight.packed_values.numel()
+    return Problem(ours | functions, expected, TOLERANCES[case.dtype], flops, {"density": weight.density})
 
 
 def _loss_problem(case: Case, device: torch.device) -> Problem:

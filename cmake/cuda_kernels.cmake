@@ -4,6 +4,11 @@ set(FASTPRUNE_CUDA_SOURCES
     csrc/kernels/cuda/ablate_linear.cu
     csrc/kernels/cuda/ablated_cross_entropy.cu
     csrc/kernels/cuda/ablated_mlp_cross_entropy.cu
+    csrc/kernels/cuda/block_sparse_conv2d.cu
+    csrc/kernels/cuda/block_sparse_conv2d_bf16.cu
+    csrc/kernels/cuda/block_sparse_conv2d_f16.cu
+    csrc/kernels/cuda/block_sparse_conv2d_structure.cu
+    csrc/kernels/cuda/block_sparse_conv2d_tf32.cu
     csrc/kernels/cuda/block_sparse_conv2d_weight_gradient.cu
     csrc/kernels/cuda/block_sparse_linear.cu
     csrc/kernels/cuda/block_sparse_linear_bf16.cu
@@ -16,6 +21,7 @@ set(FASTPRUNE_CUDA_BINDINGS csrc/bindings/cuda_module.cpp
                             csrc/bindings/ablate_linear_cuda.cpp
                             csrc/bindings/ablated_cross_entropy_cuda.cpp
                             csrc/bindings/ablated_mlp_cross_entropy_cuda.cpp
+                            csrc/bindings/block_sparse_conv2d_cuda.cpp
                             csrc/bindings/block_sparse_conv2d_weight_gradient_cuda.cpp
                             csrc/bindings/block_sparse_linear_cuda.cpp
                             csrc/bindings/block_sparse_linear_weight_gradient_cuda.cpp)

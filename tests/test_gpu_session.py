@@ -145,14 +145,14 @@ def test_the_plan_covers_what_it_should_and_begins_with_some_of_everything(cases
     }
     assert forward == {(b, s, n) for b in cases.BLOCKSIZES for s in cases.SPARSITIES for n in cases.SAMPLES}
     assert {cases.SAMPLES[0], cases.SAMPLES[-1]} == {1, 8192}
-    assert {c.op for c in plan[:50]} == {*cases.LINEAR_OPS, *cases.LOSS_OPS}
+    assert {c.op for c in plan[:50]} == {*cases.LINEAR_OPS, *cases.CONVOLUTION_OPS, *cases.LOSS_OPS}
     assert {c.dtype for c in plan[:50]} == {c.dtype for c in plan} == set(cases.TOLERANCES)
 
 
 def test_small_cases_are_right_on_the_cpu(benchmark_module, cases) -> None:
     small = cases.small_plan()
     assert {(case.op, case.dtype) for case in small} == {(case.op, case.dtype) for case in cases.plan()} | {
-        (op, dtype) for op in cases.LINEAR_OPS for dtype in cases.TOLERANCES
+        (op, dtype) for op in cases.LINEAR_OPS + cases.CONVOLUTION_OPS for dtype in cases.TOLERANCES
     }
     chosen = [case for case in small if case.dtype == "float32"]
     results = [benchmark_module.run_case(case, torch.device("cpu"), None, 1) for case in chosen]

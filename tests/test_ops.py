@@ -113,6 +113,24 @@ def test_where_the_ablation_ops_have_kernels(monkeypatch, is_cuda, dtype, reason
     assert fp.ops.has_ablation_kernels(torch.zeros(1, dtype=dtype)) is served
 
 
+@pytest.mark.parametrize(
+    ("dtype", "reason", "dense"),
+    [
+        (torch.float32, None, False),
+        (torch.bfloat16, None, False),
+        (torch.float64, None, True),
+        (torch.float32, "not built", True),
+    ],
+)
+def test_which_layers_run_dense_on_cuda(monkeypatch, layers, dtype, reason, dense):
+    layer = layers[0].to(dtype)
+    monkeypatch.setattr("fastprune._library._cuda_unavailable", reason)
+    assert "through its dense weight on CUDA" not in fp.explain(nn.Sequential(layer))
+    monkeypatch.setattr(torch.Tensor, "is_cuda", True)
+    assert _dispatch.runs_dense(layer.packed_values) is dense
+    assert ("through its dense weight on CUDA" in fp.explain(nn.Sequential(layer))) is dense
+
+
 @pytest.mark.parametrize("op", ["block_sparse_linear", "ablate_linear"])
 @pytest.mark.parametrize(
     ("reason", "cause"),
@@ -150,6 +168,30 @@ def test_tf32_follows_every_switch_of_torch_compiled_too():
     code += "print(results)"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     wanted = [allowed for _, allowed in TF32_SWITCHES.values() for _ in range(2)]
+    assert result.stdout.strip() == str(wanted), result.stderr
+
+
+CONVOLUTION_SWITCHES = {
+    "nothing": ("pass", True),
+    "allow_tf32": ("torch.backends.cudnn.allow_tf32 = False", False),
+    "ieee": ("torch.backends.cudnn.conv.fp32_precision = 'ieee'", False),
+    "fp32_precision": ("torch.backends.cudnn.conv.fp32_precision = 'tf32'", True),
+    "matmul's": ("torch.backends.cuda.matmul.fp32_precision = 'ieee'", True),
+}
+
+
+def test_tf32_of_convolutions_follows_their_own_switches_compiled_too():
+    code = "import torch; from fastprune import ops_conv; results = []\n"
+    for switch, _ in CONVOLUTION_SWITCHES.values():
+        code += switch + "\n"
+        code += "results.append(ops_conv._tf32_allowed())\n"
+        code += "f = lambda x: x * (2 if ops_conv._tf32_allowed() else 1)\n"
+        code += "compiled = torch.compile(f, fullgraph=True, backend='eager')\n"
+        code += "results.append(compiled(torch.ones(1)).item() == 2); torch.compiler.reset()\n"
+        code += "torch.backends.cudnn.conv.fp32_precision = 'tf32'\n"
+    code += "print(results)"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    wanted = [allowed for _, allowed in CONVOLUTION_SWITCHES.values() for _ in range(2)]
     assert result.stdout.strip() == str(wanted), result.stderr
 
 

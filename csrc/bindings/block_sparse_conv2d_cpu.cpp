@@ -48,7 +48,7 @@ Tensor block_sparse_conv2d_cpu(const Tensor& input, const Tensor& packed_values,
                                const std::vector<int64_t>& stride,
                                const std::vector<int64_t>& padding,
                                const std::vector<int64_t>& dilation, int64_t groups,
-                               const std::string& activation_name) {
+                               const std::string& activation_name, bool /*allow_tf32*/) {
   const Activation activation = parse_activation(kOp, activation_name);
   const ConvolutionGeometry geometry =
       convolution_geometry(kOp, kernel_size, stride, padding, dilation, groups);

@@ -87,7 +87,8 @@ Tensor block_sparse_conv2d_input_gradient_cpu(
     const Tensor& grad_output, const Tensor& packed_values, const Tensor& crow_indices,
     const Tensor& col_indices, const std::vector<int64_t>& input_size,
     const std::vector<int64_t>& kernel_size, const std::vector<int64_t>& stride,
-    const std::vector<int64_t>& padding, const std::vector<int64_t>& dilation, int64_t groups) {
+    const std::vector<int64_t>& padding, const std::vector<int64_t>& dilation, int64_t groups,
+    bool /*allow_tf32*/) {
   constexpr const char* kOp = kInputGradientOp;
   const ConvolutionGeometry geometry =
       convolution_geometry(kOp, kernel_size, stride, padding, dilation, groups);

@@ -3,7 +3,7 @@
 #include <torch/csrc/stable/library.h>
 
 #include "../kernels/cuda/transposed_structure.h"
-#include "block_sparse_linear.h"
+#include "block_sparse_linear_cuda.h"
 #include "cuda_stream.h"
 
 // The indices are not read here: that would make the host wait for the device. BlockSparseTensor
@@ -85,13 +85,7 @@ Tensor run(const Product& product) {
   return output;
 }
 
-void check_cuda_dtype(const char* op, const char* name, const Tensor& tensor) {
-  const ScalarType dtype = tensor.scalar_type();
-  if (dtype != ScalarType::Float && dtype != ScalarType::Half && dtype != ScalarType::BFloat16) {
-    throw_value_error(op, ": on CUDA `", name, "` must have dtype Float, Half or BFloat16, got ",
-                      dtype_text(dtype));
-  }
-}
+}  // namespace
 
 Tensor block_sparse_linear_cuda(const Tensor& input, const Tensor& packed_values,
                                 const Tensor& crow_indices, const Tensor& col_indices,
@@ -144,8 +138,6 @@ Tensor block_sparse_linear_input_gradient_cuda(const Tensor& grad_output,
               /*bias=*/std::nullopt, in_features, Activation::kNone, /*input_gradient=*/true,
               allow_tf32});
 }
-
-}  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(fastprune, CUDA, library) {
   library.impl("block_sparse_linear", TORCH_BOX(&block_sparse_linear_cuda));

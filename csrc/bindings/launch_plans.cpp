@@ -13,7 +13,6 @@
 #include "tensor_checks.h"
 
 namespace fastprune {
-namespace {
 
 namespace py = pybind11;
 
@@ -37,6 +36,8 @@ LinearArithmetic parse_arithmetic(const std::string& name) {
   throw_value_error("`arithmetic` must be 'float32', 'tf32', 'float16' or 'bfloat16', got '", name,
                     "'");
 }
+
+namespace {
 
 py::dict plan_block_sparse_linear(int64_t samples, int64_t in_features, int64_t out_features,
                                   int64_t rows, int64_t cols, int64_t kept,
@@ -217,6 +218,7 @@ void define_launch_plans(py::module_& module) {
              py::arg("allow_tf32"), py::arg("aligned"),
              "Returns the same for a convolution, and the walk over its output positions.");
   define_loss_plans(module);
+  define_convolution_plans(module);
 }
 
 }  // namespace fastprune

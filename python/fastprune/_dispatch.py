@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from . import _library
+from ._fake_checks import CUDA_DTYPES
 
 _warned: set[str] = set()
 
@@ -25,6 +26,12 @@ def needs_grad(*tensors: Tensor | None) -> bool:
     return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
 
 
+def runs_dense(values: Tensor) -> bool:
+    """Tell whether a block-sparse layer with these values is computed through its dense weight."""
+    lacking = _library.cuda_kernels_unavailable_reason() is not None
+    return values.is_cuda and (lacking or values.dtype not in CUDA_DTYPES)
+
+
 def lacks_cuda_kernel(op: str, tensor: Tensor, supported: bool) -> bool:
     """Tell whether a CUDA tensor must take the way of `reference`, and say so once for each op and reason."""
     if not tensor.is_cuda:
@@ -39,3 +46,12 @@ def lacks_cuda_kernel(op: str, tensor: Tensor, supported: bool) -> bool:
         _warned.add(message)
         warnings.warn(message, stacklevel=3)
     return True
+
+
+def autocast_as_torch(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
+    """Cast as autocast casts the arguments of ``F.linear``: where the first is on CUDA, and not float64."""
+    first = tensors[0]
+    if first is None or not first.is_cuda or not torch.is_autocast_enabled("cuda"):
+        return tensors
+    dtype = torch.get_autocast_dtype("cuda")
+    return tuple(t if t is None or t.dtype == torch.float64 else t.to(dtype) for t in tensors)

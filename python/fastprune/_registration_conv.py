@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from . import reference
 from ._fake_checks import check, check_activation, check_floating, check_like
 from ._registration import (
     CLIPPING,
@@ -78,8 +77,9 @@ def _is_channels_last(images: Tensor) -> bool:
 
 
 def _empty_images(like: Tensor, size: Any) -> Tensor:
-    """Return a tensor in the memory format of another."""
-    memory_format = torch.channels_last if _is_channels_last(like) else torch.contiguous_format
+    """Return a tensor in the memory format of another, on CUDA in the kernels'."""
+    channels_last = like.is_cuda or _is_channels_last(like)
+    memory_format = torch.channels_last if channels_last else torch.contiguous_format
     return torch.empty(size, dtype=like.dtype, device=like.device, memory_format=memory_format)
 
 
@@ -96,6 +96,7 @@ def _forward_fake(
     dilation: list[int],
     groups: int,
     activation: str,
+    allow_tf32: bool = False,
 ) -> Tensor:
     op = "block_sparse_conv2d"
     check_activation(op, activation)
@@ -135,6 +136,7 @@ def _input_gradient_fake(
     padding: list[int],
     dilation: list[int],
     groups: int,
+    allow_tf32: bool = False,
 ) -> Tensor:
     op = "block_sparse_conv2d_input_gradient"
     _check_geometry(op, kernel_size, stride, padding, dilation)
@@ -179,40 +181,46 @@ def _weight_gradient_fake(
 
 
 # As for the linear: the convolution and its two gradients are each linear in two tensors, and one another's
-# derivatives. `geometry` is kernel_size, stride, padding, dilation, groups. On CUDA the twins stand in for
-# the convolution and its input gradient.
-
-
-def _names(geometry: tuple) -> dict[str, Any]:
-    return dict(zip(("kernel_size", "stride", "padding", "dilation", "groups"), geometry, strict=True))
+# derivatives. `geometry` is kernel_size, stride, padding, dilation, groups.
 
 
 def _convolution(
-    input: Tensor, packed_values: Tensor, structure: tuple, out_channels: int, geometry: tuple
+    input: Tensor,
+    packed_values: Tensor,
+    structure: tuple,
+    out_channels: int,
+    geometry: tuple,
+    allow_tf32: bool = False,
 ) -> Tensor:
-    if input.is_cuda:
-        return reference.block_sparse_conv2d(
-            input, packed_values, *structure, out_channels=out_channels, **_names(geometry)
-        )
-    return _ops.block_sparse_conv2d(input, packed_values, *structure, None, out_channels, *geometry, "none")
+    return _ops.block_sparse_conv2d(
+        input, packed_values, *structure, None, out_channels, *geometry, "none", allow_tf32
+    )
 
 
 def _input_gradient(
-    grad_output: Tensor, packed_values: Tensor, structure: tuple, input_size: Any, geometry: tuple
+    grad_output: Tensor,
+    packed_values: Tensor,
+    structure: tuple,
+    input_size: Any,
+    geometry: tuple,
+    allow_tf32: bool = False,
 ) -> Tensor:
-    if grad_output.is_cuda:
-        return reference.block_sparse_conv2d_input_gradient(
-            grad_output, packed_values, *structure, input_size=input_size, **_names(geometry)
-        )
     return _ops.block_sparse_conv2d_input_gradient(
-        grad_output, packed_values, *structure, input_size, *geometry
+        grad_output, packed_values, *structure, input_size, *geometry, allow_tf32
     )
 
 
 def _weight_gradient(
-    grad_output: Tensor, input: Tensor, structure: tuple, blocksize: tuple[int, int], geometry: tuple
+    grad_output: Tensor,
+    input: Tensor,
+    structure: tuple,
+    blocksize: tuple[int, int],
+    geometry: tuple,
+    allow_tf32: bool = False,
 ) -> Tensor:
-    return _ops.block_sparse_conv2d_weight_gradient(grad_output, input, *structure, *blocksize, *geometry)
+    return _ops.block_sparse_conv2d_weight_gradient(
+        grad_output, input, *structure, *blocksize, *geometry, allow_tf32
+    )
 
 
 def _blocksize(packed_values: Tensor) -> tuple[int, int]:
@@ -220,7 +228,7 @@ def _blocksize(packed_values: Tensor) -> tuple[int, int]:
 
 
 def _forward_setup(ctx: Any, inputs: tuple, output: Tensor) -> None:
-    input, packed_values, crow_indices, col_indices, bias, out_channels, *geometry, activation = inputs
+    input, packed_values, crow_indices, col_indices, bias, out_channels, *geometry, activation, tf32 = inputs
     ctx.save_for_backward(
         input,
         packed_values,
@@ -230,6 +238,7 @@ def _forward_setup(ctx: Any, inputs: tuple, output: Tensor) -> None:
         bias if activation != "none" and activation not in CLIPPING else None,
     )
     ctx.geometry = tuple(geometry)
+    ctx.allow_tf32 = tf32
     ctx.activation = activation
     ctx.out_channels = out_channels
     ctx.has_bias = bias is not None
@@ -242,22 +251,27 @@ def _forward_backward(ctx: Any, grad: Tensor) -> tuple:
         grad = clipped_gradient(grad, output, ctx.activation)
     elif ctx.activation != "none":
         # What went into the activation is computed anew rather than kept.
-        before = _convolution(input, packed_values, structure, ctx.out_channels, ctx.geometry)
+        before = _convolution(input, packed_values, structure, ctx.out_channels, ctx.geometry, ctx.allow_tf32)
         before = before if bias is None else before + bias[:, None, None]
         grad = activation_gradient(grad, before, ctx.activation)
     grad_input = grad_values = grad_bias = None
     if ctx.needs_input_grad[0]:
-        grad_input = _input_gradient(grad, packed_values, structure, input.shape, ctx.geometry)
+        grad_input = _input_gradient(
+            grad, packed_values, structure, input.shape, ctx.geometry, ctx.allow_tf32
+        )
     if ctx.needs_input_grad[1]:
-        grad_values = _weight_gradient(grad, input, structure, _blocksize(packed_values), ctx.geometry)
+        grad_values = _weight_gradient(
+            grad, input, structure, _blocksize(packed_values), ctx.geometry, ctx.allow_tf32
+        )
     if ctx.has_bias and ctx.needs_input_grad[4]:
         grad_bias = grad.sum((0, 2, 3))
-    return (grad_input, grad_values, None, None, grad_bias, *[None] * 7)
+    return (grad_input, grad_values, None, None, grad_bias, *[None] * 8)
 
 
 def _input_gradient_setup(ctx: Any, inputs: tuple, output: Tensor) -> None:
     ctx.save_for_backward(*inputs[:4])
-    ctx.geometry = tuple(inputs[5:])
+    *geometry, ctx.allow_tf32 = inputs[5:]
+    ctx.geometry = tuple(geometry)
 
 
 def _input_gradient_backward(ctx: Any, grad: Tensor) -> tuple:
@@ -265,16 +279,19 @@ def _input_gradient_backward(ctx: Any, grad: Tensor) -> tuple:
     structure = tuple(indices)
     grad_grad_output = grad_values = None
     if ctx.needs_input_grad[0]:
-        grad_grad_output = _convolution(grad, packed_values, structure, grad_output.shape[1], ctx.geometry)
+        grad_grad_output = _convolution(
+            grad, packed_values, structure, grad_output.shape[1], ctx.geometry, ctx.allow_tf32
+        )
     if ctx.needs_input_grad[1]:
         blocksize = _blocksize(packed_values)
-        grad_values = _weight_gradient(grad_output, grad, structure, blocksize, ctx.geometry)
-    return (grad_grad_output, grad_values, *[None] * 8)
+        grad_values = _weight_gradient(grad_output, grad, structure, blocksize, ctx.geometry, ctx.allow_tf32)
+    return (grad_grad_output, grad_values, *[None] * 9)
 
 
 def _weight_gradient_setup(ctx: Any, inputs: tuple, output: Tensor) -> None:
     ctx.save_for_backward(*inputs[:4])
-    ctx.geometry = tuple(inputs[6:11])
+    *geometry, ctx.allow_tf32 = inputs[6:]
+    ctx.geometry = tuple(geometry)
 
 
 def _weight_gradient_backward(ctx: Any, grad: Tensor) -> tuple:
@@ -282,9 +299,11 @@ def _weight_gradient_backward(ctx: Any, grad: Tensor) -> tuple:
     structure = tuple(indices)
     grad_grad_output = grad_input = None
     if ctx.needs_input_grad[0]:
-        grad_grad_output = _convolution(input, grad, structure, grad_output.shape[1], ctx.geometry)
+        grad_grad_output = _convolution(
+            input, grad, structure, grad_output.shape[1], ctx.geometry, ctx.allow_tf32
+        )
     if ctx.needs_input_grad[1]:
-        grad_input = _input_gradient(grad_output, grad, structure, input.shape, ctx.geometry)
+        grad_input = _input_gradient(grad_output, grad, structure, input.shape, ctx.geometry, ctx.allow_tf32)
     return (grad_grad_output, grad_input, *[None] * 10)
 
 
@@ -319,10 +338,10 @@ for _name, _backward, _setup in (
     ("block_sparse_conv2d_weight_gradient", _weight_gradient_backward, _weight_gradient_setup),
 ):
     torch.library.register_autograd(f"fastprune::{_name}", _backward, setup_context=_setup)
-for _device in ("cpu", "cuda"):
-    # The kernels are float32: under autocast they keep that precision.
-    for _name in ("block_sparse_conv2d", "block_sparse_conv2d_inference"):
-        torch.library.register_autocast(f"fastprune::{_name}", _device, torch.float32)
+# The CPU has no half precision: under autocast it keeps float32. On CUDA `ops_conv` casts to the dtype of
+# autocast.
+for _name in ("block_sparse_conv2d", "block_sparse_conv2d_inference"):
+    torch.library.register_autocast(f"fastprune::{_name}", "cpu", torch.float32)
 register_flop_formula([_ops.block_sparse_conv2d, _ops.block_sparse_conv2d_inference])(_forward_flops)
 register_flop_formula([_ops.block_sparse_conv2d_input_gradient])(_input_gradient_flops)
 register_flop_formula([_ops.block_sparse_conv2d_weight_gradient])(_weight_gradient_flops)

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from . import _library, reference
 from . import _registration_ablation as _registration_ablation  # fake kernels, gradients and autocast
-from ._dispatch import is_transformed, lacks_cuda_kernel, needs_grad
+from ._dispatch import autocast_as_torch, is_transformed, lacks_cuda_kernel, needs_grad
 from ._fake_checks import CUDA_DTYPES
 from ._registration import CLIPPING
 from .ops_conv import (
@@ -32,15 +32,6 @@ def _tf32_allowed() -> bool:
 def _allow_tf32(tensor: Tensor) -> bool:
     """Whether products of a tensor may round their float32 operands to tf32, as torch's own do."""
     return tensor.is_cuda and tensor.dtype == torch.float32 and _tf32_allowed()
-
-
-def _autocast(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
-    """Cast as autocast casts the arguments of ``F.linear``: where the first is on CUDA, and not float64."""
-    first = tensors[0]
-    if first is None or not first.is_cuda or not torch.is_autocast_enabled("cuda"):
-        return tensors
-    dtype = torch.get_autocast_dtype("cuda")
-    return tuple(t if t is None or t.dtype == torch.float64 else t.to(dtype) for t in tensors)
 
 
 def _autocast_to_float32(tensor: Tensor) -> bool:
@@ -115,7 +106,7 @@ def block_sparse_linear(
         ValueError: shapes, dtypes or devices disagree, or (CPU) the indices are not a valid structure.
 
     """
-    input, packed_values, bias = _autocast(input, packed_values, bias)  # type: ignore[assignment]
+    input, packed_values, bias = autocast_as_torch(input, packed_values, bias)  # type: ignore[assignment]
     supported = input.dtype in CUDA_DTYPES
     if is_transformed() or lacks_cuda_kernel("block_sparse_linear", input, supported):
         return reference.block_sparse_linear(

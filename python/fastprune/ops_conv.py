@@ -7,7 +7,7 @@ from torch import Tensor
 
 from . import _registration_conv as _registration_conv  # registers shapes and gradients
 from . import reference
-from ._dispatch import is_transformed, lacks_cuda_kernel, needs_grad
+from ._dispatch import autocast_as_torch, is_transformed, lacks_cuda_kernel, needs_grad
 from ._fake_checks import CUDA_DTYPES
 from ._registration import CLIPPING
 
@@ -16,7 +16,7 @@ _ops = torch.ops.fastprune
 
 @torch.compiler.assume_constant_result
 def _tf32_allowed() -> bool:
-    # This one can always be read: it shows what was set through `torch.backends.cudnn.allow_tf32` too.
+    # Convolutions have a switch of their own, which torch leaves on; see also `ops._tf32_allowed`.
     return torch.backends.cudnn.conv.fp32_precision == "tf32"  # type: ignore[attr-defined]
 
 
@@ -47,7 +47,10 @@ def block_sparse_conv2d(
     ``in_channels / groups`` on. Differentiable in ``input``, ``packed_values`` and ``bias``; under
     ``torch.func`` transforms and forward-mode differentiation it is computed through the dense weight. The
     bits of the result depend neither on the number of threads nor on the other images of the batch nor on
-    the memory format.
+    the memory format (kernels of one pixel on CUDA: see :func:`fastprune.ops.block_sparse_linear`).
+
+    On CUDA, float32 is multiplied as tf32 where ``torch.backends.cudnn`` allows it, which is torch's default
+    for convolutions, else as float32; under autocast all is cast to autocast's dtype, as for ``F.conv2d``.
 
     Example:
         >>> taps = fp.granularity.weight_as_taps(torch.randn(32, 16, 3, 3)).flatten(1)
@@ -59,7 +62,9 @@ def block_sparse_conv2d(
         torch.Size([4, 32, 28, 28])
 
     Args:
-        input: ``[images, in_channels, height, width]``, float32 or float64, in any memory format.
+        input: ``[images, in_channels, height, width]``, float32 or float64, in any memory format; on CUDA
+            float32, float16 or bfloat16, copied where it is not channels-last, while float64 is computed
+            through the dense weight.
         packed_values: ``[kept, cols, rows]``, the kept blocks of the weight, each transposed; the dtype
             of ``input``.
         crow_indices: ``[ceil(out_channels / rows) + 1]``, int32: where each block row begins.
@@ -78,15 +83,17 @@ def block_sparse_conv2d(
 
     Returns:
         ``[images, out_channels, output_height, output_width]``, the dtype of ``input``, channels-last where
-        ``input`` is, else contiguous.
+        ``input`` is and on CUDA, else contiguous.
 
     Raises:
         ValueError: shapes, dtypes or devices disagree, the padded input is smaller than the kernel, groups
             do not divide the channels or cut a block, or (CPU) the indices are not a valid structure.
 
     """
+    input, packed_values, bias = autocast_as_torch(input, packed_values, bias)  # type: ignore[assignment]
     geometry = (kernel_size, stride, padding, dilation, groups)
-    if is_transformed() or lacks_cuda_kernel("block_sparse_conv2d", input, False):
+    supported = input.dtype in CUDA_DTYPES
+    if is_transformed() or lacks_cuda_kernel("block_sparse_conv2d", input, supported):
         return reference.block_sparse_conv2d(
             input,
             packed_values,
@@ -109,7 +116,8 @@ def block_sparse_conv2d(
         op = _ops.block_sparse_conv2d
         fused = activation not in reference.ACTIVATIONS or activation in CLIPPING
     name = activation if fused and activation is not None else "none"
-    output = op(input, packed_values, crow_indices, col_indices, bias, out_channels, *geometry, name)
+    tf32 = _allow_tf32(input)
+    output = op(input, packed_values, crow_indices, col_indices, bias, out_channels, *geometry, name, tf32)
     return output if fused else reference.ACTIVATIONS[activation](output)  # type: ignore[index]
 
 
@@ -136,7 +144,8 @@ def block_sparse_conv2d_input_gradient(
         ...     input_size=(4, 16, 28, 28), kernel_size=(3, 3), padding=(1, 1, 1, 1))
 
     Args:
-        grad_output: ``[images, out_channels, output_height, output_width]``, float32 or float64.
+        grad_output: ``[images, out_channels, output_height, output_width]``, float32 or float64; on CUDA
+            float32, float16 or bfloat16, while float64 is computed through the dense weight.
         packed_values: ``[kept, cols, rows]``, the dtype of ``grad_output``.
         crow_indices: ``[ceil(out_channels / rows) + 1]``, int32.
         col_indices: ``[kept]``, int32, increasing within a block row.
@@ -148,7 +157,7 @@ def block_sparse_conv2d_input_gradient(
         groups: of channels.
 
     Returns:
-        A tensor of ``input_size``, the dtype of ``grad_output`` and its memory format.
+        A tensor of ``input_size``, the dtype of ``grad_output`` and its memory format; on CUDA channels-last.
 
     Raises:
         ValueError: as :func:`block_sparse_conv2d`, or ``grad_output`` is not of the size that an input of
@@ -156,7 +165,8 @@ def block_sparse_conv2d_input_gradient(
 
     """
     geometry = (kernel_size, stride, padding, dilation, groups)
-    if is_transformed() or lacks_cuda_kernel("block_sparse_conv2d_input_gradient", grad_output, False):
+    supported = grad_output.dtype in CUDA_DTYPES
+    if is_transformed() or lacks_cuda_kernel("block_sparse_conv2d_input_gradient", grad_output, supported):
         return reference.block_sparse_conv2d_input_gradient(
             grad_output,
             packed_values,
@@ -170,7 +180,7 @@ def block_sparse_conv2d_input_gradient(
             groups=groups,
         )
     return _ops.block_sparse_conv2d_input_gradient(
-        grad_output, packed_values, crow_indices, col_indices, input_size, *geometry
+        grad_output, packed_values, crow_indices, col_indices, input_size, *geometry, _allow_tf32(grad_output)
     )
 
 

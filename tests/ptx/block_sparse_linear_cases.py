@@ -37,6 +37,14 @@ def as_float64(array: np.ndarray, arithmetic: str) -> np.ndarray:
     return (_to_tf32(array) if arithmetic == "tf32" else array).astype(np.float64)
 
 
+def cast(values: np.ndarray, arithmetic: str) -> np.ndarray:
+    """Return float64 values in the type of an arithmetic."""
+    values = values.astype(np.float32)
+    if arithmetic == "bfloat16":
+        return to_bfloat16(values)
+    return values.astype(np.float16) if arithmetic == "float16" else values
+
+
 @dataclass(frozen=True)
 class Case:
     """One call."""
@@ -61,10 +69,7 @@ class Case:
 
     def cast(self, values: np.ndarray) -> np.ndarray:
         """Return float64 values in the type that the kernel takes."""
-        values = values.astype(np.float32)
-        if self.arithmetic == "bfloat16":
-            return to_bfloat16(values)
-        return values.astype(np.float16) if self.arithmetic == "float16" else values
+        return cast(values, self.arithmetic)
 
     def arguments(self) -> dict:
         """Make random arguments; what the kernel must not read is NaN.
@@ -149,16 +154,7 @@ class Case:
         with np.errstate(invalid="ignore"):
             expected = input @ weight + bias
             bound = (input.shape[1] + 2) * EPSILON * (np.abs(input) @ np.abs(weight) + np.abs(bias))
-            if self.activation == "relu":
-                expected = np.where(expected < 0, 0, expected)
-            elif self.activation == "relu6":
-                expected = np.clip(expected, 0, 6)
-            elif self.activation != "none":
-                # Slopes stay below 1.13; the kernels' erfc and exp add some 1e-7 of the magnitude.
-                bound = 1.13 * bound + 5e-7 * np.abs(expected)
-                expected = _CURVED[self.activation](expected)
-            relative, absolute = STORED[self.arithmetic]
-            return expected, bound + relative * np.abs(expected) + absolute
+            return finished(expected, bound, self.activation, self.arithmetic)
 
     def check(self, **options) -> tuple[np.ndarray, list[str]]:
         """Return the output, and everything that is wrong with the run, compared with float64."""
@@ -180,6 +176,22 @@ class Case:
 def _problem(case: Case) -> tuple[dict, np.ndarray, np.ndarray]:
     arguments = case.arguments()
     return arguments, *case.expected(arguments)
+
+
+def finished(
+    expected: np.ndarray, bound: np.ndarray, activation: str, arithmetic: str
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return the values after an activation and the rounding of what is stored, and their bounds."""
+    if activation == "relu":
+        expected = np.where(expected < 0, 0, expected)
+    elif activation == "relu6":
+        expected = np.clip(expected, 0, 6)
+    elif activation != "none":
+        # Slopes stay below 1.13; the kernels' erfc and exp add some 1e-7 of the magnitude.
+        bound = 1.13 * bound + 5e-7 * np.abs(expected)
+        expected = _CURVED[activation](expected)
+    relative, absolute = STORED[arithmetic]
+    return expected, bound + relative * np.abs(expected) + absolute
 
 
 _erf = np.vectorize(math.erf)

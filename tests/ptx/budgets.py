@@ -41,6 +41,12 @@ BUDGETS = {
     "block_sparse_*_weight_gradient_*_128*": Budget(255, 0, 49_152),
     # Any block, plain multiply-adds.
     "block_sparse_linear_*": Budget(72, 10_752),
+    # As the linear ones; the place of each sample's pixel takes 1 KiB more in the plain kernels.
+    "block_sparse_conv2d_*_256x128_by_*": Budget(224, 0, 73_728),
+    "block_sparse_conv2d_*_64x64_by_16*": Budget(112, 0, 40_960),
+    "block_sparse_conv2d_f??": Budget(72, 11_776),
+    "block_sparse_conv2d_bf16": Budget(72, 11_776),
+    "block_sparse_conv2d_structure": Budget(40, 32),
     "transposed_structure": Budget(40, 32),
     "ablate_linear_f32": Budget(64, 8_704),
     "ablated_cross_entropy_f32": Budget(128, 0),

@@ -26,6 +26,8 @@ LONGEST_FIRST = (
     "test_block_sparse_conv2d_weight_gradient_ptx",
     "test_block_sparse_linear_ptx",
     "test_block_product_ptx",
+    "test_block_sparse_conv2d_mutants_ptx",
+    "test_block_sparse_conv2d_ptx",
     "test_ablated_mlp_cross_entropy_ptx",
     "test_ablated_cross_entropy_ptx",
     "test_ablate_linear_ptx",

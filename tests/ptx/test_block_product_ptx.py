@@ -247,6 +247,7 @@ def mutant_cases(arithmetic: str, input_gradient: bool, tile: str) -> list[Case]
 # Mutants that compute the same, by what is done to which source line.
 EQUIVALENT = {
     ("bound + 1", "return max(0, min(end, kChunkElements<T>));"): "where both are equal either is right",
+    ("no guard", "if (together) {"): "where rows of the output are aligned, all four outputs exist",
 }
 
 # The same of input gradients, which have no activation.

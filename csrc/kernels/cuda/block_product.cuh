@@ -21,8 +21,8 @@
 #pragma once
 
 #include "activation.cuh"
+#include "block_product_operands.cuh"
 #include "block_sparse_linear_plan.h"
-#include "conversion.cuh"
 #include "strip_walk.cuh"
 
 namespace fastprune {
@@ -33,13 +33,14 @@ __device__ __forceinline__ unsigned char* shared_memory() {
   return memory;
 }
 
-// A block product of one tile. kStepsTogether: the weight's steps lie side by side, not its
-// outputs, as in the input gradient, whose entries name their blocks. kAligned: the rows of the
-// input begin, and all end, at multiples of 16 bytes.
-template <class T, class Tile, bool kStepsTogether, bool kAligned>
+// A block product of one tile; Args says what the samples are (block_product_operands.cuh).
+// kStepsTogether: the weight's steps lie side by side, not its outputs, as in the input gradient,
+// whose entries name their blocks. kAligned: the rows of the input begin, and all end, at multiples
+// of 16 bytes.
+template <template <class> class Args, class T, class Tile, bool kStepsTogether, bool kAligned>
 class TileProduct {
  public:
-  __device__ __forceinline__ explicit TileProduct(const BlockProductArgs<T>& args)
+  __device__ __forceinline__ explicit TileProduct(const Args<T>& args)
       : args_(args),
         stages_(shared_address(shared_memory())),
         thread_(static_cast<int>(threadIdx.x)),
@@ -47,20 +48,12 @@ class TileProduct {
         // together usually fit the second-level cache, all inputs do not.
         first_output_(blockIdx.x % output_tiles() * kOutputs),
         first_sample_(int64_t{blockIdx.x / output_tiles()} * kSamples),
-        walk_(args.weight, first_output_, Tile::kStrip, thread_ % 32),
-        block_elements_(static_cast<uint32_t>(args.weight.outputs * args.weight.steps)) {
+        walk_(args, first_output_, Tile::kStrip, thread_ % 32),
+        block_elements_(static_cast<uint32_t>(args.weight.outputs * args.weight.steps)),
+        inputs_(args, first_sample_, thread_ / Steps::kChunks, kRowsAtOnce,
+                thread_ % Steps::kChunks) {
     const int row = thread_ / Steps::kChunks, chunk = thread_ % Steps::kChunks;
-    columns_ = static_cast<uint32_t>(args.input.cols) - chunk * kChunkElements<T>;
     step_offset_ = Steps::offset(row, chunk);
-    const int64_t last = args.input.rows - first_sample_ - 1;
-#pragma unroll
-    for (int i = 0; i < kInputCopies; ++i) {
-      // Samples that do not exist repeat the last one, and are never stored.
-      const int64_t sample = first_sample_ + min(last, int64_t{row + i * kRowsAtOnce});
-      input_[i] = args.input.data + sample * args.input.row_stride + chunk * kChunkElements<T>;
-      // Else the compiler keeps the offset, and adds the address of the input in each slot.
-      if constexpr (kAligned) asm("" : "+l"(input_[i]));
-    }
     if constexpr (kStepsTogether) {
 #pragma unroll
       for (int i = 0; i < kWeightCopies; ++i) {
@@ -140,6 +133,8 @@ class TileProduct {
       kStepsTogether ? kSlotProducts<T> : Outputs::kSwizzled / 16;
   static_assert(kRowsAtOnce % 8 == 0 && kStepsAtOnce % 8 == 0, "copies are swizzled alike");
   static_assert(kInputCopies * kRowsAtOnce == kSamples && kWeightCopies > 0);
+  using Inputs = InputRows<Args, T, kInputCopies, kAligned>;
+  using Place = typename Inputs::Place;
 
   __device__ __forceinline__ uint32_t output_tiles() const {
     return (static_cast<uint32_t>(args_.output.cols) + kOutputs - 1) / kOutputs;
@@ -156,35 +151,22 @@ class TileProduct {
     for (int slot = 0; slot < kSlots; ++slot) {
       const uint32_t mask = walk_.mask();
       masks |= mask << slot * kStrips;
-      const uint32_t column = walk_.input_column();
-      copy_inputs(stage + slot * kSlotBytes, mask, column);
-      copy_weights(stage + slot * kSlotBytes + kInputBytes, mask, column);
+      const Place place = inputs_.place_of(walk_);
+#pragma unroll
+      for (int i = 0; i < kInputCopies; ++i) {
+        inputs_.copy(i,
+                     stage + slot * kSlotBytes + step_offset_ + i * kRowsAtOnce * Steps::kRowBytes,
+                     mask != 0, place);
+      }
+      copy_weights(stage + slot * kSlotBytes + kInputBytes, mask, place);
       walk_.advance();
     }
     commit_copies();
     return masks;
   }
 
-  // How many of the input's columns lie from this thread's chunk of a slot on.
-  __device__ __forceinline__ int columns_from(uint32_t column) const {
-    return static_cast<int>(columns_ - column);
-  }
-
-  __device__ __forceinline__ void copy_inputs(uint32_t tile, uint32_t mask, uint32_t column) const {
-    const int columns = columns_from(column);
-#pragma unroll
-    for (int i = 0; i < kInputCopies; ++i) {
-      const uint32_t target = tile + step_offset_ + i * kRowsAtOnce * Steps::kRowBytes;
-      if constexpr (kAligned) {
-        copy_async_where(mask != 0, target, input_[i] + column, columns > 0 ? 16 : 0);
-      } else if (mask != 0) {
-        carry_chunk(target, input_[i] + column, valid_in_chunk<T>(columns));
-      }
-    }
-  }
-
   __device__ __forceinline__ void copy_weights(uint32_t tile, uint32_t mask,
-                                               uint32_t column) const {
+                                               const Place& place) const {
 #pragma unroll
     for (int i = 0; i < kWeightCopies; ++i) {
       uint32_t target, offset = weight_offset_[i];
@@ -192,12 +174,12 @@ class TileProduct {
       if constexpr (kStepsTogether) {
         strip = (thread_ / Steps::kChunks + i * kRowsAtOnce) / Tile::kStrip;
         target = tile + step_offset_ + i * kRowsAtOnce * Steps::kRowBytes;
-        columns = columns_from(column);
+        columns = inputs_.columns_from(place);
         offset += walk_.step();
       } else {
         strip = thread_ % Outputs::kChunks * kChunkElements<T> / Tile::kStrip;
         target = tile + output_offset_ + i * kStepsAtOnce * Outputs::kStepBytes;
-        columns = static_cast<int>(args_.input.cols) - static_cast<int>(column) -
+        columns = static_cast<int>(args_.input.cols) - static_cast<int>(place.column) -
                   thread_ / Outputs::kChunks - i * kStepsAtOnce;
         offset += walk_.step() * static_cast<uint32_t>(args_.weight.outputs);
       }
@@ -290,15 +272,15 @@ class TileProduct {
   __device__ __forceinline__ void store_outputs(const float* sums, int64_t first_sample,
                                                 int samples, int row_step, int sums_row,
                                                 int64_t output) const {
-    const auto outputs = static_cast<int>(min(args_.output.cols - output, int64_t{4}));
-    if (outputs <= 0) return;
+    const OutputColumns columns = output_columns(args_, output, 4);
+    if (columns.count <= 0) return;
     float bias[4];
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
-      bias[i] = args_.bias && i < outputs ? to_float(args_.bias[output + i]) : 0.0f;
+      bias[i] = args_.bias && i < columns.count ? to_float(args_.bias[columns.first + i]) : 0.0f;
     }
-    const bool together = outputs == 4 && args_.output.row_stride % 4 == 0;
-    T* target = args_.output.data + first_sample * args_.output.row_stride + output;
+    const bool together = columns.count == 4 && columns.aligned;
+    OutputRows<Args, T> rows(args_, first_sample, columns.first);
 #pragma unroll 1
     for (int row = 0; row < samples; row += row_step) {
       const float4 four = *reinterpret_cast<const float4*>(sums + row * sums_row);
@@ -308,30 +290,30 @@ class TileProduct {
       for (int i = 0; i < 4; ++i) {
         results[i] = from_float<T>(activate(values[i] + bias[i], args_.activation));
       }
+      T* target = rows.target();
       if (together) {
         using Four = std::conditional_t<sizeof(T) == 4, uint4, uint2>;
         *reinterpret_cast<Four*>(target) = *reinterpret_cast<const Four*>(results);
       } else {
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
-          if (i < outputs) target[i] = results[i];
+          if (i < columns.count) target[i] = results[i];
         }
       }
-      target += row_step * args_.output.row_stride;
+      rows.advance(row_step);
     }
   }
 
-  const BlockProductArgs<T>& args_;
+  const Args<T>& args_;
   uint32_t stages_;
   int thread_;
   uint32_t first_output_;
   int64_t first_sample_;
   StripWalk<kStrips, kStepsTogether> walk_;
   uint32_t block_elements_;
-  // Of what this thread copies: its rows at column 0, the input's columns from its chunk on, and
-  // offsets in a tile and in a block.
-  const T* input_[kInputCopies];
-  uint32_t columns_, step_offset_, output_offset_, weight_offset_[kWeightCopies];
+  Inputs inputs_;
+  // Of what this thread copies, offsets in a tile and in a block.
+  uint32_t step_offset_, output_offset_, weight_offset_[kWeightCopies];
   // Of the operands that this lane loads, in a slot.
   uint32_t rows_offset_[kSlotProducts<T>], operand_offset_[kWeightAddresses];
   float sums_[kRowTiles][kOutputs / 8][4] = {};

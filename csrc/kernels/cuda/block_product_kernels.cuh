@@ -8,7 +8,7 @@
 #define FASTPRUNE_TILE_KERNEL(kernel, T, Tile, kStepsTogether, kAligned, kBlocks) \
   extern "C" __global__ void __launch_bounds__(Tile::kThreads, kBlocks)           \
       kernel(const BlockProductArgs<T> args) {                                    \
-    TileProduct<T, Tile, kStepsTogether, kAligned>(args).run();                   \
+    TileProduct<BlockProductArgs, T, Tile, kStepsTogether, kAligned>(args).run(); \
   }
 
 #define FASTPRUNE_FEW_SAMPLES_KERNEL(kernel, T, kStepsTogether, kAligned) \

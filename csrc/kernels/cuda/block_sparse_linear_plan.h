@@ -126,6 +126,41 @@ inline bool tensor_cores_serve(const BlockProductShape& shape) {
          shape.kept <= kMaxWeights / (shape.block_outputs * shape.block_steps);
 }
 
+// The tile of more than a few samples. Small tiles, of the same bits, where large ones would leave
+// half of the multiprocessors idle or hold samples that do not exist instead; and for narrow
+// inputs, which are slow for another reason.
+inline LinearTile tile_of_many(const BlockProductShape& shape) {
+  using Large = LargeTile<16>;
+  constexpr int kHalf = Large::kSamples / 2;
+  const int64_t output_tiles = tiles_of(shape.outputs, Large::kOutputs);
+  if (!shape.aligned_inputs) return LinearTile::k64x64By16Narrow;
+  if (shape.samples <= kHalf ||
+      shape.samples / kHalf < tiles_of(shape.multiprocessors, std::max<int64_t>(output_tiles, 1))) {
+    return LinearTile::k64x64By16;
+  }
+  return shape.block_outputs % 64 == 0   ? LinearTile::k256x128By64
+         : shape.block_outputs % 32 == 0 ? LinearTile::k256x128By32
+                                         : LinearTile::k256x128By16;
+}
+
+inline bool is_large(LinearTile tile) {
+  return tile == LinearTile::k256x128By16 || tile == LinearTile::k256x128By32 ||
+         tile == LinearTile::k256x128By64;
+}
+
+// How one of these tiles is launched.
+inline std::optional<LaunchPlan> tile_launch(LinearTile tile, const char* kernel, int64_t samples,
+                                             int64_t outputs) {
+  const auto launch = [&](auto shape) -> std::optional<LaunchPlan> {
+    using Shape = decltype(shape);
+    const auto grid =
+        thread_blocks(tiles_of(samples, Shape::kSamples), tiles_of(outputs, Shape::kOutputs));
+    if (!grid) return std::nullopt;
+    return LaunchPlan{kernel, {*grid, 1, 1}, {Shape::kThreads, 1, 1}, Shape::kSharedBytes};
+  };
+  return is_large(tile) ? launch(LargeTile<16>{}) : launch(SmallTile{});
+}
+
 // Nothing where a size is out of range, or where there would be more thread blocks than a grid
 // can hold. A grid of 0 thread blocks means an empty output, and must not be launched.
 inline std::optional<BlockProductPlan> plan_block_product(const BlockProductShape& shape,
@@ -139,41 +174,22 @@ inline std::optional<BlockProductPlan> plan_block_product(const BlockProductShap
   if (arithmetic == LinearArithmetic::kF32 || !tensor_cores_serve(shape)) {
     return plan_any_block_product(shape, arithmetic);
   }
-  const auto plan = [&](LinearTile tile, std::optional<uint32_t> grid, int threads,
-                        int shared_bytes) -> std::optional<BlockProductPlan> {
-    if (!grid) return std::nullopt;
-    const char* name = kTileKernels[static_cast<int>(arithmetic) - 1][shape.input_gradient]
-                                   [static_cast<int>(tile)];
-    return BlockProductPlan{{name,
-                             {*grid, 1, 1},
-                             {static_cast<uint32_t>(threads), 1, 1},
-                             static_cast<uint32_t>(shared_bytes)},
-                            tile};
+  const auto kernel = [&](LinearTile tile) {
+    return kTileKernels[static_cast<int>(arithmetic) - 1][shape.input_gradient]
+                       [static_cast<int>(tile)];
   };
   if (shape.samples <= kFewSamples) {
-    return plan(shape.aligned_inputs ? LinearTile::kFewSamples : LinearTile::kFewSamplesNarrow,
-                thread_blocks(shape.samples > 0, tiles_of(shape.outputs, kFewOutputs)),
-                32 * kFewWarps, kFewWarps * kFewRingBytes);
+    const LinearTile tile =
+        shape.aligned_inputs ? LinearTile::kFewSamples : LinearTile::kFewSamplesNarrow;
+    const auto grid = thread_blocks(shape.samples > 0, tiles_of(shape.outputs, kFewOutputs));
+    if (!grid) return std::nullopt;
+    return BlockProductPlan{
+        {kernel(tile), {*grid, 1, 1}, {32 * kFewWarps, 1, 1}, kFewWarps * kFewRingBytes}, tile};
   }
-  using Large = LargeTile<16>;
-  constexpr int kHalf = Large::kSamples / 2;
-  const int64_t output_tiles = tiles_of(shape.outputs, Large::kOutputs);
-  // Small tiles, of the same bits, where large ones would leave half of the multiprocessors idle or
-  // hold samples that do not exist instead; and for narrow inputs, which are slow for another
-  // reason.
-  if (shape.aligned_inputs && shape.samples > kHalf &&
-      shape.samples / kHalf >=
-          tiles_of(shape.multiprocessors, std::max<int64_t>(output_tiles, 1))) {
-    const LinearTile tile = shape.block_outputs % 64 == 0   ? LinearTile::k256x128By64
-                            : shape.block_outputs % 32 == 0 ? LinearTile::k256x128By32
-                                                            : LinearTile::k256x128By16;
-    return plan(tile, thread_blocks(tiles_of(shape.samples, Large::kSamples), output_tiles),
-                Large::kThreads, Large::kSharedBytes);
-  }
-  return plan(shape.aligned_inputs ? LinearTile::k64x64By16 : LinearTile::k64x64By16Narrow,
-              thread_blocks(tiles_of(shape.samples, SmallTile::kSamples),
-                            tiles_of(shape.outputs, SmallTile::kOutputs)),
-              SmallTile::kThreads, SmallTile::kSharedBytes);
+  const LinearTile tile = tile_of_many(shape);
+  const auto launch = tile_launch(tile, kernel(tile), shape.samples, shape.outputs);
+  if (!launch) return std::nullopt;
+  return BlockProductPlan{*launch, tile};
 }
 
 }  // namespace fastprune

@@ -2,8 +2,7 @@
 // steps at a time. Every warp walks by itself and finds the same: lane l follows strip l % kStrips.
 #pragma once
 
-#include "../block_product.h"
-#include "shared_tiles.cuh"
+#include "block_product_operands.cuh"
 
 namespace fastprune {
 
@@ -13,15 +12,19 @@ class StripWalk {
  public:
   // Strip s has `strip_outputs` outputs from first_output + s * strip_outputs on, all of one list;
   // past the last list a strip is empty.
-  template <class T>
-  __device__ __forceinline__ StripWalk(const BlockLists<T>& weight, uint32_t first_output,
-                                       int strip_outputs, int lane)
-      : sources_(weight.sources), blocks_(weight.blocks), steps_(static_cast<int>(weight.steps)) {
-    const uint32_t list =
-        (first_output + lane % kStrips * strip_outputs) / static_cast<uint32_t>(weight.outputs);
-    if (list < static_cast<uint32_t>(weight.lists)) {
-      entry_ = weight.offsets[list];
-      end_ = weight.offsets[list + 1];
+  template <class Args>
+  __device__ __forceinline__ StripWalk(const Args& args, uint32_t first_output, int strip_outputs,
+                                       int lane)
+      : sources_(args.weight.sources),
+        blocks_(args.weight.blocks),
+        steps_(static_cast<int>(args.weight.steps)) {
+    const uint32_t list = (first_output + lane % kStrips * strip_outputs) /
+                          static_cast<uint32_t>(args.weight.outputs);
+    if (list < static_cast<uint32_t>(args.weight.lists)) {
+      const ListEntries entries = entries_of(args, list);
+      entry_ = entries.begin;
+      end_ = entries.end;
+      first_source_ = entries.first_source;
     }
     fetch(true);
     take(true);
@@ -31,13 +34,10 @@ class StripWalk {
   // Bit s: strip s has a block at the source of this slot. 0: the walk is over, and stays so.
   __device__ __forceinline__ uint32_t mask() const { return mask_; }
 
-  // The input's column at which the slot begins.
-  __device__ __forceinline__ uint32_t input_column() const {
-    return static_cast<uint32_t>(least_) * steps_ + step_;
-  }
-
-  // The step of the block at which the slot begins.
+  // The source of the slot, and the step of its blocks at which it begins.
+  __device__ __forceinline__ int32_t source() const { return least_; }
   __device__ __forceinline__ int step() const { return step_; }
+  __device__ __forceinline__ int block_steps() const { return steps_; }
 
   // The block of a strip whose bit is set; all lanes must ask.
   __device__ __forceinline__ uint32_t block(int strip) const {
@@ -59,7 +59,8 @@ class StripWalk {
   // an index.
   __device__ __forceinline__ void fetch(bool wanted) {
     const bool exists = wanted && entry_ < end_;
-    next_source_ = load_where(exists, sources_ + entry_, wanted ? kNone : next_source_);
+    const int32_t otherwise = wanted ? kNone : next_source_;
+    next_source_ = load_where(exists, sources_ + entry_, otherwise - first_source_) + first_source_;
     if constexpr (kListsBlocks) next_block_ = load_where(exists, blocks_ + entry_, next_block_);
     entry_ += wanted;
   }
@@ -79,7 +80,7 @@ class StripWalk {
   const int32_t* sources_;
   const int32_t* blocks_;
   int steps_, step_ = 0;
-  int32_t entry_ = 0, end_ = 0;
+  int32_t entry_ = 0, end_ = 0, first_source_ = 0;
   int32_t source_ = kNone, block_ = 0, next_source_ = kNone, next_block_ = 0, least_;
   uint32_t mask_;
 };

@@ -4,27 +4,10 @@
 // for another, and nothing is counted twice or by atomics.
 #include "transposed_structure.h"
 
+#include "sorted_search.cuh"
 #include "transposed_structure_plan.h"
 
 namespace fastprune {
-namespace {
-
-// The first entry of [begin, end) whose column is at least `column`.
-__device__ __forceinline__ int32_t lower_bound(const int32_t* columns, int32_t begin, int32_t end,
-                                               int32_t column) {
-  while (begin < end) {
-    const int32_t middle = begin + (end - begin) / 2;
-    if (columns[middle] < column) {
-      begin = middle + 1;
-    } else {
-      end = middle;
-    }
-  }
-  return begin;
-}
-
-}  // namespace
-
 extern "C" __global__ void __launch_bounds__(kStructureThreads)
     transposed_structure(const TransposedStructureArgs args) {
   __shared__ int32_t warp_counts[kStructureWarps];

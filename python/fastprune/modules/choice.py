@@ -9,6 +9,7 @@ from collections.abc import Callable, Hashable, Sequence
 import torch
 from torch import Tensor, nn
 
+from .._dispatch import runs_dense
 from .._library import cpu_isa
 from ..layers import check_model
 from ..timing import interleaved_medians
@@ -122,7 +123,7 @@ def explain(model: nn.Module) -> str:
         if choice is None:
             continue
         reason = choice.reason
-        if isinstance(module, BlockSparseConv2d) and module.packed_values.is_cuda:
+        if isinstance(module, BlockSparseLayer) and runs_dense(module.packed_values):
             reason += ", through its dense weight on CUDA"
         ratio = "-"
         if choice.dense_seconds and choice.sparse_seconds:

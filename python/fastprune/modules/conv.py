@@ -78,7 +78,8 @@ class BlockSparseConv2d(BlockSparseLayer):
 
     Shape:
         input ``[images, in_channels, height, width]`` or ``[in_channels, height, width]``, output likewise
-        with ``out_channels``; float32 or float64. On CUDA it is computed through the dense weight.
+        with ``out_channels``; float32 or float64. On CUDA float32, float16 or bfloat16; float64 is computed
+        through the dense weight.
 
     Raises:
         ValueError: an argument does not fit; the message names it.
