@@ -106,15 +106,6 @@ inline int64_t check_channels(const char* op, const ConvolutionGeometry& geometr
   return channel_blocks;
 }
 
-// grad_output must be what the forward of an input of this size returns.
-inline void check_grad_output(const char* op, const Tensor& grad_output, int64_t images,
-                              int64_t height, int64_t width, const ConvolutionGeometry& geometry) {
-  const OutputSize size = output_size(op, height, width, geometry);
-  check_size(op, "grad_output", grad_output, 0, images);
-  check_size(op, "grad_output", grad_output, 2, size.height);
-  check_size(op, "grad_output", grad_output, 3, size.width);
-}
-
 // The arguments of the weight gradient. Returns the block columns of a tap.
 inline int64_t check_conv2d_weight_gradient(const char* op, const Tensor& grad_output,
                                             const Tensor& input, const Tensor& crow_indices,
