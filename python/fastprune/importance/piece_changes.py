@@ -122,6 +122,11 @@ def _columns(
         )
 
 
+def has_conv_kernel(output: Tensor) -> bool:
+    """Tell whether the kernel for pieces of a convolution reads an output where it lies."""
+    return output.stride(1) == 1 and not output.is_cuda and ops.has_ablation_kernels(output)
+
+
 def _conv_pieces(
     node: fx.Node,
     op: ConvOp,
@@ -150,8 +155,7 @@ def _conv_pieces(
                 dilation=op.dilations,
             )
 
-    # The kernel's vectors lie along the channels.
-    if output.stride(1) == 1 and not output.is_cuda and ops.has_ablation_kernels(output):
+    if has_conv_kernel(output):
         outputs = masked()
     else:
         outputs = _convolved_pieces(op, weight, wanted, source, output)
