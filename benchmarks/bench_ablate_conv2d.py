@@ -26,7 +26,7 @@ def make_layer(images: int, channels: int, height: int) -> tuple[Tensor, Tensor,
 
 def assert_close(ours: Tensor, baseline: Tensor) -> None:
     """Raise unless two results are the same up to rounding."""
-    torch.testing.assert_close(ours, baseline, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(ours, baseline, rtol=1e-3, atol=1e-3)
 
 
 def input_channels(channels: int) -> Tensor:

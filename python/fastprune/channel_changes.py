@@ -104,7 +104,7 @@ def run_changed(traced: TracedModel, values: Values, changes: Mapping[fx.Node, C
     chains = {
         node: chain
         for node, chain in traced.chains.items()
-        if node in suffix and not any(node in changes for node in chain.nodes)
+        if node in suffix and not any(member in changes for member in chain.nodes)
     }
     with traced.functional():
         for node in suffix:

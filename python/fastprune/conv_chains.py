@@ -130,8 +130,13 @@ class ConvChain:
         return (
             known.dim() == 4
             and not known.is_cuda
+            and known.dtype == self._weight.dtype
+            and ops.has_ablation_kernels(known)
             and known.is_contiguous(memory_format=torch.channels_last)
-            and all(value.shape == known.shape and value.dtype == known.dtype for value in summands)
+            and all(
+                isinstance(value, Tensor) and value.shape == known.shape and value.dtype == known.dtype
+                for value in summands
+            )
         )
 
     def _addends(

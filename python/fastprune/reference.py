@@ -292,14 +292,16 @@ _WINOGRAD_PANEL = 16
 
 def winograd_weight(weight: Tensor) -> Tensor:
     """Return the transformed weight ``[36, ceil(out_channels / 16), in_channels, 16]``."""
-    transform = torch.tensor(_WINOGRAD_WEIGHT, dtype=torch.float64, device=weight.device)
-    panels = -(-weight.shape[0] // _WINOGRAD_PANEL)
-    result = weight.new_zeros(36, panels, weight.shape[1], _WINOGRAD_PANEL)
+    matrix = torch.tensor(_WINOGRAD_WEIGHT, dtype=torch.float64, device=weight.device)
+    transform = torch.kron(matrix, matrix)
+    out_channels, in_channels = weight.shape[:2]
+    panels = -(-out_channels // _WINOGRAD_PANEL)
+    result = weight.new_zeros(36, panels, in_channels, _WINOGRAD_PANEL)
     # A panel at a time: the whole weight in float64 would take nine times its memory.
     for panel in range(panels):
-        rows = weight[panel * _WINOGRAD_PANEL : (panel + 1) * _WINOGRAD_PANEL]
-        points = torch.einsum("ia,ocab,jb->ijco", transform, rows.double(), transform)
-        result[:, panel, :, : len(rows)] = points.flatten(0, 1)
+        rows = weight[panel * _WINOGRAD_PANEL : (panel + 1) * _WINOGRAD_PANEL].transpose(0, 1)
+        points = transform @ rows.double().reshape(-1, 9).T
+        result[:, panel, :, : rows.shape[1]] = points.view(36, in_channels, -1)
     return result
 
 

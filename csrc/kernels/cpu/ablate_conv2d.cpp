@@ -1,9 +1,10 @@
 // ablate_conv2d on the CPU; formula and contract are in ../ablate_conv2d.h.
 //
 // The channels of a piece are copied to a panel [row][column][channel] that has zeros wherever a
-// tap reads outside of the image, and its weights to [tap][channel][output]. Vectors lie along the
-// outputs, as they do in memory. A register tile of some pixels of a row x 16 outputs runs over
-// taps and channels; what is left of the output is stored in the same pass that reads it.
+// tap reads outside of the image, and its weights to [group of 16 outputs][tap][channel][output].
+// Vectors lie along the outputs, as they do in memory. A register tile of some pixels of a row x 16
+// outputs runs over taps and channels; what is left of the output is stored in the same pass that
+// reads it.
 #include "../ablate_conv2d.h"
 
 #include "activation.h"
@@ -21,6 +22,12 @@ constexpr int kVectors = kOutputs / kLanes<T>;
 // Accumulators for 12 of 16 registers, or of 32, where one vector holds all outputs.
 template <class T>
 constexpr int kPixels = kVectors<T> >= 12 ? 1 : 12 / kVectors<T>;
+
+// All outputs of a tile of pixels are stored one after the other as long as their weights, in
+// bytes, stay near the first-level cache; those of more take several tiles for each load of a
+// group's.
+constexpr int64_t kFewWeights = 64 << 10;
+constexpr int64_t kTilesAtOnce = 8;
 
 struct Piece {
   int64_t first_channel, channels;
@@ -48,21 +55,23 @@ Piece piece_of(const AblateConv2dArgs<T>& args, int64_t index) {
 }
 
 template <class T>
-int64_t padded_outputs(const AblateConv2dArgs<T>& args) {
-  return (args.output.channels + kOutputs - 1) / kOutputs * kOutputs;
+int64_t output_groups(const AblateConv2dArgs<T>& args) {
+  return (args.output.channels + kOutputs - 1) / kOutputs;
 }
 
-// [tap][channel][output], zeros behind the last output.
+// [group of outputs][tap][channel][output], zeros behind the last output.
 template <class T>
 void copy_weights(const AblateConv2dArgs<T>& args, const Piece& piece, T* weights) {
-  const int64_t padded = padded_outputs(args);
-  for (int64_t t = 0; t < piece.taps; ++t) {
-    for (int64_t c = 0; c < piece.channels; ++c) {
-      const T* source = args.weight.data + (piece.first_channel + c) * args.weight.channel_stride +
-                        (piece.first_tap + t) * args.weight.tap_stride;
-      T* target = weights + (t * piece.channels + c) * padded;
-      for (int64_t o = 0; o < padded; ++o) {
-        target[o] = o < args.output.channels ? source[o * args.weight.output_stride] : T{0};
+  for (int64_t group = 0; group < output_groups(args); ++group) {
+    const int64_t left = args.output.channels - group * kOutputs;
+    const T* first = args.weight.data + group * kOutputs * args.weight.output_stride;
+    for (int64_t t = 0; t < piece.taps; ++t) {
+      for (int64_t c = 0; c < piece.channels; ++c) {
+        const T* source = first + (piece.first_channel + c) * args.weight.channel_stride +
+                          (piece.first_tap + t) * args.weight.tap_stride;
+        for (int64_t o = 0; o < kOutputs; ++o) {
+          *weights++ = o < left ? source[o * args.weight.output_stride] : T{0};
+        }
       }
     }
   }
@@ -105,7 +114,6 @@ __attribute__((noinline)) void subtract_tile(const AblateConv2dArgs<T>& args, co
                                              const Tile<T>& tile) {
   using V = Vec<T, kLanes<T>>;
   const int64_t step = args.column_step * piece.channels;
-  const int64_t weight_stride = padded_outputs(args);
   V sums[Pixels][kVectors<T>] = {};
   const T* weight = tile.weights;
   for (int64_t t = 0; t < piece.taps; ++t) {
@@ -123,7 +131,7 @@ __attribute__((noinline)) void subtract_tile(const AblateConv2dArgs<T>& args, co
 #pragma GCC unroll 8
         for (int v = 0; v < kVectors<T>; ++v) sums[n][v] += weights[v] * input;
       }
-      weight += weight_stride;
+      weight += kOutputs;
     }
   }
 #pragma GCC unroll 12
@@ -153,17 +161,25 @@ template <class T>
 void subtract_image(const AblateConv2dArgs<T>& args, const Piece& piece, int64_t image,
                     const T* weights, const T* panel, T* masked) {
   const ImageView<const T>& output = args.output;
+  const T* source = output.data + image * output.image_stride;
+  const int64_t groups = output_groups(args), group_size = piece.taps * piece.channels * kOutputs;
   const int64_t steps = (output.width + kPixels<T> - 1) / kPixels<T>;
-  for (int64_t i = 0; i < output.height; ++i) {
-    const T* row = output.data + image * output.image_stride + i * output.row_stride;
-    for (int64_t step = 0; step < steps; ++step) {
-      // As equal as can be: a last step of one pixel would leave the units that add idle.
-      const int64_t j = output.width * step / steps, end = output.width * (step + 1) / steps;
-      for (int64_t o = 0; o < output.channels; o += kOutputs) {
+  const int64_t tiles = output.height * steps;
+  const bool few = groups * group_size * static_cast<int64_t>(sizeof(T)) <= kFewWeights;
+  const int64_t at_once = few ? 1 : kTilesAtOnce;
+  for (int64_t begin = 0; begin < tiles; begin += at_once) {
+    const int64_t end = begin + at_once < tiles ? begin + at_once : tiles;
+    for (int64_t group = 0; group < groups; ++group) {
+      const int64_t o = group * kOutputs;
+      for (int64_t tile = begin; tile < end; ++tile) {
+        const int64_t i = tile / steps, step = tile % steps;
+        // As equal as can be: a last step of one pixel would leave the units that add idle.
+        const int64_t j = output.width * step / steps, next = output.width * (step + 1) / steps;
         subtract_some<T, kPixels<T>>(
-            end - j, args, piece,
+            next - j, args, piece,
             {panel + (i * args.row_step * piece.columns + j * args.column_step) * piece.channels,
-             weights + o, row + j * output.column_stride + o,
+             weights + group * group_size,
+             source + i * output.row_stride + j * output.column_stride + o,
              masked + (i * output.width + j) * output.channels + o, output.column_stride,
              output.channels - o});
       }
@@ -173,7 +189,7 @@ void subtract_image(const AblateConv2dArgs<T>& args, const Piece& piece, int64_t
 
 template <class T>
 int64_t weights_size(const AblateConv2dArgs<T>& args, const Piece& piece) {
-  return piece.taps * piece.channels * padded_outputs(args);
+  return piece.taps * piece.channels * output_groups(args) * kOutputs;
 }
 
 }  // namespace

@@ -137,7 +137,10 @@ def _conv_pieces(
     output: Tensor,
     first_row: int,
 ) -> Iterator[Masked | None]:
-    """Pieces of the same outputs of a convolution: channels of the input and taps, several at a time."""
+    """Pieces of the same outputs of a convolution: channels of the input and taps, several at a time.
+
+    ``source`` is padded already where torch computes pieces of one tap of several.
+    """
     left, right, top, bottom = op.sides((weight.shape[2], weight.shape[3]))
     wanted = [piece for piece, flag in zip(bounds, nonzero, strict=True) if flag]
     at_once = max(1, _MASKED_BYTES // max(1, output.numel() * output.element_size()))
@@ -171,7 +174,6 @@ def _convolved_pieces(
 ) -> Iterator[Tensor]:
     """The same by torch: a piece of all taps as one convolution, one of a tap as a 1x1 convolution."""
     height, width = weight.shape[2:]
-    padded = F.pad(source, op.sides((height, width)))
     strides, dilations = op.strides, op.dilations
     for first, last, tap, last_tap in bounds:
         if last_tap - tap == height * width:
@@ -180,7 +182,7 @@ def _convolved_pieces(
         (top, left) = (offset * step for offset, step in zip(divmod(tap, width), dilations, strict=True))
         bottom = top + (output.shape[2] - 1) * strides[0] + 1
         right = left + (output.shape[3] - 1) * strides[1] + 1
-        seen = padded[:, first:last, top : bottom : strides[0], left : right : strides[1]]
+        seen = source[:, first:last, top : bottom : strides[0], left : right : strides[1]]
         part = weight[:, first:last].flatten(2)[:, :, tap]
         yield output - F.conv2d(seen, part[:, :, None, None])
 
@@ -243,11 +245,13 @@ def _conv_blocks(
         for tap in range(taps)
         for col in range(0, inputs, block.cols)
     ]
-    nonzero, output = _nonzero(block, weight), values[node]
+    nonzero, source, output = _nonzero(block, weight), values[op.input], values[node]
+    if taps > 1 and not has_conv_kernel(output):
+        source = F.pad(source, op.sides((weight.shape[2], weight.shape[3])))
     for index, row in enumerate(range(0, weight.shape[0], block.rows)):
         rows = slice(row, row + block.rows)
         flags = nonzero[index * len(bounds) : (index + 1) * len(bounds)]
-        yield from _conv_pieces(node, op, weight[rows], bounds, flags, values[op.input], output[:, rows], row)
+        yield from _conv_pieces(node, op, weight[rows], bounds, flags, source, output[:, rows], row)
 
 
 def _grouped_blocks(
