@@ -201,7 +201,7 @@ def resnet18() -> nn.Module:
 
 
 @pytest.mark.parametrize("thread_count", [2])
-@pytest.mark.parametrize("granularity", [MoreUnits(), fp.InputUnit(), fp.Block(16, 16)], ids=str)
+@pytest.mark.parametrize("granularity", [MoreUnits(), fp.InputUnit(), fp.Block(32, 32)], ids=str)
 def bench_resnet18_against_whole_convolutions(benchmark, granularity, thread_count: int) -> None:
     """The same engine without the ops that compute changes of convolutions.
 

@@ -24,7 +24,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 class ChainNet(nn.Module):
-    """A residual block, and convolutions with and without norm, sum, activation, stride and bias."""
+    """Two residual blocks, and convolutions with and without norm, sum, activation, stride and bias."""
 
     def __init__(self):
         super().__init__()
@@ -35,12 +35,16 @@ class ChainNet(nn.Module):
         self.conv1, self.norm1 = nn.Conv2d(32, 48, 3, padding=1), nn.BatchNorm2d(48)
         self.conv2, self.norm2 = nn.Conv2d(48, 48, 3, padding="same"), nn.BatchNorm2d(48)
         self.shortcut, self.shortcut_norm = nn.Conv2d(32, 48, 1, bias=False), nn.BatchNorm2d(48)
-        self.down, self.wide = nn.Conv2d(48, 40, 3, stride=2, padding=1), nn.Conv2d(40, 40, 3, padding=(2, 1))
+        self.down, self.inner = (
+            nn.Conv2d(48, 40, 3, stride=2, padding=1),
+            nn.Conv2d(40, 40, 3, padding=(2, 1)),
+        )
+        self.wide = nn.Conv2d(40, 40, 3, padding=(0, 1))
         self.last, self.head = nn.Conv2d(40, 33, 3, padding=1, bias=False), nn.Linear(33, 5)
         for norm in (self.norm1, self.norm2, self.shortcut_norm):
             spoil_norm(norm)
         with torch.no_grad():  # enough for deltas to be measured
-            for layer in (self.conv1, self.conv2, self.down, self.wide, self.last, self.head):
+            for layer in (self.conv1, self.conv2, self.down, self.inner, self.wide, self.last, self.head):
                 layer.weight.mul_(3)
         self.stem_norm.running_mean.normal_(std=0.3)
         self.stem_norm.running_var.uniform_(0.5, 2)
@@ -50,11 +54,11 @@ class ChainNet(nn.Module):
         y = self.norm2(self.conv2(torch.relu(self.norm1(self.conv1(x)))))
         x = F.relu(y + self.shortcut_norm(self.shortcut(x)), inplace=True)
         x = F.gelu(self.down(x))
-        x = self.last(torch.tanh(self.wide(x)))
+        x = self.last(torch.tanh(x + self.wide(torch.relu(self.inner(x)))))
         return self.head(F.silu(x).mean((2, 3)))
 
 
-def images(size=3, height=9, width=10):
+def images(size=3, height=11, width=13):
     return [(torch.randn(size, 3, height, width), torch.randint(0, 5, (size,)))]
 
 
@@ -90,9 +94,9 @@ def test_chains_end_where_a_rule_ends_or_a_value_is_read_twice(export):
     chains = find_chains(traced, traced.constants())
     lengths = [len(chain.nodes) for chain in chains]
     # stem, conv1: norm and activation; conv2: a sum too; shortcut: the sum is taken; down: an activation;
-    # wide: the kernels have no tanh; last: an activation.
-    assert lengths == [3, 3, 4, 2, 2, 1, 2]
-    assert [chain.scale is None for chain in chains] == [False] * 4 + [True] * 3
+    # inner: another; wide: a sum, and the kernels have no tanh; last: an activation.
+    assert lengths == [3, 3, 4, 2, 2, 2, 2, 2]
+    assert [chain.scale is None for chain in chains] == [False] * 4 + [True] * 4
     assert len({node for chain in chains for node in chain.nodes}) == sum(lengths)
 
 
@@ -165,7 +169,7 @@ def test_a_chain_does_not_run_its_convolution(monkeypatch):
 
         monkeypatch.setattr(F, "conv2d", spy)
         run_changed(traced, values, {node: torch.randn_like(values[node])})
-    # Only the convolution of stride 2 runs again; conv2, wide and last are changes of what is known.
+    # Only the convolution of stride 2 runs again; conv2, inner, wide and last are changes of what is known.
     assert shapes == [(40, 48, 3, 3)]
 
 
@@ -197,7 +201,7 @@ def test_an_emptied_convolution_keeps_the_block_sparse_kernel(calls):
     node = traced.single_call(model.norm1)
     with torch.no_grad():
         run_changed(traced, values, {node: torch.randn_like(values[node])})
-    assert calls == ["updated_conv2d"]  # of `last` alone
+    assert calls == ["updated_conv2d"] * 2  # of `inner` and `last`
 
 
 def test_small_images_would_waste_most_of_a_tile(calls):
