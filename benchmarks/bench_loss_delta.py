@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import fastprune as fp
+from fastprune.importance import packed_layers, piece_changes
 from harness import THREADS, measure, measure_once, threads
 from models import ResNet18, load_minilm
 
@@ -182,14 +183,58 @@ class SomeUnits(fp.Unit):
         return torch.Size([-(-weight_shape[0] // self.share)])
 
 
-@pytest.mark.parametrize("thread_count", [2])
-def bench_resnet18_filters(benchmark, thread_count: int) -> None:
+class MoreUnits(SomeUnits):
+    """One of 32: the trace and its checks, which take as long either way, count for less."""
+
+    share = 32
+
+
+def resnet18() -> nn.Module:
+    """A ResNet-18 for images of 32x32, its batch norms as after some training."""
     torch.manual_seed(0)
     model = ResNet18().eval()
     for module in model.modules():
         if isinstance(module, nn.BatchNorm2d):
             module.running_mean.normal_(std=0.1)
             module.running_var.uniform_(0.5, 1.5)
+    return model
+
+
+@pytest.mark.parametrize("thread_count", [2])
+@pytest.mark.parametrize("granularity", [MoreUnits(), fp.InputUnit(), fp.Block(32, 32)], ids=str)
+def bench_resnet18_against_whole_convolutions(benchmark, granularity, thread_count: int) -> None:
+    """The same engine without the ops that compute changes of convolutions.
+
+    Input units and blocks, of which there are thousands, are those of one layer of 128 channels.
+    """
+    model = resnet18()
+    inputs, targets = torch.randn(32, 3, 32, 32), torch.randint(0, 10, (32,))
+    include = nn.Conv2d if isinstance(granularity, fp.Unit) else "blocks.2.conv2"
+
+    def ours() -> Tensor:
+        scores = score(model, inputs, targets, granularity, include)
+        return torch.cat([scores[name].flatten() for name in scores])
+
+    def without() -> Tensor:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(packed_layers, "find_chains", lambda traced, constants: [])
+            patch.setattr(piece_changes, "has_conv_kernel", lambda output: False)
+            return ours()
+
+    with threads(thread_count):
+        measure_once(
+            benchmark,
+            ours,
+            without,
+            check=functools.partial(torch.testing.assert_close, rtol=1e-3, atol=1e-6),
+            group=f"{granularity} of a ResNet-18, 32x32, N = 32, against the engine with whole convolutions, "
+            f"{thread_count} threads",
+        )
+
+
+@pytest.mark.parametrize("thread_count", [2])
+def bench_resnet18_filters(benchmark, thread_count: int) -> None:
+    model = resnet18()
     inputs, targets = torch.randn(256, 3, 32, 32), torch.randint(0, 10, (256,))
     norms = {"stem.0": "stem.1"}
     for block in range(8):

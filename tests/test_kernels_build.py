@@ -86,7 +86,7 @@ def test_kernels_run_clean_under_the_sanitizers(tmp_path: Path) -> None:
         pytest.skip(f"the compiler has no sanitizers: {linked.stderr.decode()[:200]}")
     isas = ["baseline", "avx2", "avx512"] if IS_X86 else ["baseline"]
     objects = compile_kernels(tmp_path, isas, SANITIZERS)
-    for stem in ("kernels_sanitized", "convolutions_sanitized"):
+    for stem in ("kernels_sanitized", "convolutions_sanitized", "conv_changes_sanitized"):
         program = tmp_path / stem
         source = ROOT / "tests" / "cpp" / f"{stem}.cpp"
         command = [str(COMPILER), "-std=gnu++17", *SANITIZERS, f"-I{KERNELS}", str(source)]

@@ -18,10 +18,10 @@ CSRC = ROOT / "csrc"
 # that there can be no cycle; one that is missing here fails the test.
 ORDER = (
     "_library", "reference",
-    "_fake_checks", "_registration", "_registration_ablation", "_registration_conv", "_dispatch",
-    "ops_conv", "ops",
+    "_fake_checks", "_registration", "_registration_ablation", "_registration_conv",
+    "_registration_conv_changes", "_dispatch", "ops_conv", "ops_conv_changes", "ops",
     "files", "granularity", "layers", "batches", "timing", "masks", "block_sparse", "graph", "exported",
-    "node_ops", "tracing", "channel_changes", "coupling",
+    "node_ops", "tracing", "channel_changes", "conv_chains", "coupling",
     "importance.replacement", "importance.calibration", "importance.criterion", "importance.weight_criteria",
     "importance.sample_gradients", "importance.gradient_criteria", "importance.activation_criteria",
     "importance.criteria",
@@ -149,7 +149,7 @@ def _uses_torch_ops(tree):
 
 def test_only_ops_and_registration_use_torch_ops():
     users = {name for name, path in modules().items() if _uses_torch_ops(ast.parse(path.read_text()))}
-    assert users == {"_registration", "_registration_conv", "ops", "ops_conv"}
+    assert users == {"_registration", "_registration_conv", "ops", "ops_conv", "ops_conv_changes"}
     for source in ("torch.ops.fastprune.f()", "from torch import ops", "import torch.ops as o"):
         assert _uses_torch_ops(ast.parse(source))
     assert not _uses_torch_ops(ast.parse("torch.ops.aten.relu(x)"))

@@ -5,6 +5,7 @@
 #include "../kernels/cuda/block_sparse_conv2d.h"
 #include "block_sparse_conv2d.h"
 #include "block_sparse_linear_cuda.h"
+#include "channels_last.h"
 #include "cuda_stream.h"
 
 // The indices are not read here: that would make the host wait for the device. BlockSparseTensor
@@ -21,24 +22,6 @@ const int32_t* indices(const Tensor& tensor) {
 
 int32_t* new_indices(const Tensor& tensor) {
   return static_cast<int32_t*>(tensor.mutable_data_ptr());
-}
-
-// The images in channels-last memory without gaps: themselves, or a copy.
-Tensor as_channels_last(const Tensor& images) {
-  const int64_t channels = images.size(1), height = images.size(2), width = images.size(3);
-  const int64_t strides[] = {height * width * channels, 1, width * channels, channels};
-  for (int64_t d = 0; d < 4; ++d) {
-    if (images.size(d) > 1 && images.stride(d) != strides[d]) {
-      return torch::stable::contiguous(images, torch::headeronly::MemoryFormat::ChannelsLast);
-    }
-  }
-  return images;
-}
-
-Tensor empty_channels_last(const Tensor& like, int64_t images, int64_t channels, int64_t height,
-                           int64_t width) {
-  return empty_strided_tensor(like, {images, channels, height, width},
-                              {height * width * channels, 1, width * channels, channels});
 }
 
 // Images as [images, height, width, channels], and back.

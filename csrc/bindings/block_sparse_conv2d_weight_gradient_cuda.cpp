@@ -1,18 +1,14 @@
 #include <torch/csrc/stable/library.h>
-#include <torch/headeronly/core/MemoryFormat.h>
 
 #include "../kernels/cuda/block_sparse_conv2d_weight_gradient.h"
 #include "block_sparse_conv2d.h"
+#include "channels_last.h"
 #include "weight_gradient_cuda.h"
 
 namespace fastprune {
 namespace {
 
 constexpr const char* kOp = "block_sparse_conv2d_weight_gradient";
-
-Tensor as_channels_last(const Tensor& images) {
-  return torch::stable::contiguous(images, torch::headeronly::MemoryFormat::ChannelsLast);
-}
 
 // Of tensors that lie channels-last.
 template <class T>

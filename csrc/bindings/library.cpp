@@ -47,6 +47,12 @@ STABLE_TORCH_LIBRARY(fastprune, library) {
       "Tensor first_weight, Tensor second_weight, Tensor targets, Tensor pieces, str activation, "
       "Tensor? sample_weight) -> Tensor");
   library.def("ablate_linear(Tensor output, Tensor input, Tensor weight, Tensor pieces) -> Tensor");
+  library.def(
+      "ablate_conv2d(Tensor output, Tensor input, Tensor weight, Tensor pieces, int[] stride, "
+      "int[] padding, int[] dilation, str activation) -> Tensor");
+  library.def(
+      "updated_conv2d(Tensor known, Tensor input, Tensor new_input, Tensor winograd_weight, "
+      "Tensor? addend, Tensor? new_addend, int[] padding, str activation) -> Tensor");
 }
 
 PYBIND11_MODULE(_C, module) {

@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx
 
-from .graph import TracedModel
+from .graph import Chain, TracedModel
 from .node_ops import ConvOp, NodeOp, node_op
 
 
@@ -76,20 +76,48 @@ def run_changed(traced: TracedModel, values: Values, changes: Mapping[fx.Node, C
         else:
             whole[node] = change
 
+    def step(node: fx.Node) -> None:
+        changed = {source: partial[source] for source in node.all_input_nodes if source in partial}
+        result = None
+        if changed and not any(source in whole for source in node.all_input_nodes):
+            result = _propagate(traced, node, values, changed)
+        if result is None:
+            result = traced.evaluate(node, value_of)
+        if node in changes:
+            partial.pop(node, None)
+            result = _overruled(result, changes[node], values[node])
+        set_change(node, result)
+
+    def end(chain: Chain) -> None:
+        result = chain.updated(values, whole, partial)
+        if result is not None:
+            whole[chain.nodes[-1]] = result
+            return
+        for node in chain.nodes:
+            if node in suffix:
+                step(node)
+
     for node, change in changes.items():
         set_change(node, change)
+    # A dictionary keeps the order. A chain that a change begins within runs node by node.
+    suffix = dict.fromkeys(traced.suffix(*changes))
+    chains = {
+        node: chain
+        for node, chain in traced.chains.items()
+        if node in suffix and not any(member in changes for member in chain.nodes)
+    }
     with traced.functional():
-        for node in traced.suffix(*changes):
-            changed = {source: partial[source] for source in node.all_input_nodes if source in partial}
-            result = None
-            if changed and not any(source in whole for source in node.all_input_nodes):
-                result = _propagate(traced, node, values, changed)
-            if result is None:
-                result = traced.evaluate(node, value_of)
-            if node in changes:
-                partial.pop(node, None)
-                result = _overruled(result, changes[node], values[node])
-            set_change(node, result)
+        for node in suffix:
+            if node not in chains:
+                step(node)
+            elif node is chains[node].nodes[-1]:
+                end(chains[node])
+            else:
+                continue
+            # Memory that is free again is in the caches, and no fresh page.
+            for read in traced.last_read_by(node):
+                whole.pop(read, None)
+                partial.pop(read, None)
         return value_of(traced.output_node)
 
 

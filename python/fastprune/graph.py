@@ -11,7 +11,7 @@ import inspect
 import operator
 import warnings
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, Protocol
 
 import torch
@@ -40,6 +40,24 @@ class Replacement(Protocol):
         """Return the node's value."""
 
 
+class Chain(Protocol):
+    """Nodes, each but the last read by the next alone, that may be computed at once after a change."""
+
+    nodes: tuple[fx.Node, ...]
+
+    def updated(
+        self, values: dict[fx.Node, Any], whole: dict[fx.Node, Any], partial: dict[fx.Node, Any]
+    ) -> Tensor | None:
+        """Return the last node's new value, or None where the nodes have to run one by one.
+
+        Args:
+            values: of all nodes, before the change.
+            whole: node to its new value.
+            partial: node to its new channels.
+
+        """
+
+
 class _Tracer(fx.Tracer):
     def is_leaf_module(self, module: nn.Module, qualified_name: str) -> bool:
         # A masked layer's class is made by parametrize, outside torch.nn: it is a leaf all the same.
@@ -64,9 +82,11 @@ class TracedModel:
         self.node_ops: dict[fx.Node, Any] = {}  # filled by node_ops.py
         # Faster functions of a node's input, for as long as the model's weights stay as they are.
         self.replacements: dict[fx.Node, Replacement] = {}
+        self.chains: dict[fx.Node, Chain] = {}  # by each of their nodes
         self._constants = constants or {}
         self._modules = dict(model.named_modules(remove_duplicate=False))
         self._suffixes: dict[tuple[fx.Node, ...], list[fx.Node]] = {}
+        self._last_read: dict[fx.Node, list[fx.Node]] = {}
         self._uses: dict[fx.Node, set[int]] = {}
 
     @classmethod
@@ -204,6 +224,24 @@ class TracedModel:
                     suffix.append(node)
             self._suffixes[starts] = suffix
         return self._suffixes[starts]
+
+    def use_chains(self, chains: Iterable[Chain]) -> None:
+        """Let changes run through chains of nodes."""
+        self.chains = {node: chain for chain in chains for node in chain.nodes}
+        self._last_read.clear()
+
+    def last_read_by(self, node: fx.Node) -> list[fx.Node]:
+        """Return the nodes whose values nothing reads once a node has run, and the chain that it ends."""
+        if not self._last_read:
+            order = {node: index for index, node in enumerate(self.nodes)}
+            for source in self.nodes:
+                # What reads a value within a chain may do so when the chain ends.
+                readers = [
+                    self.chains[user].nodes[-1] if user in self.chains else user for user in source.users
+                ]
+                if readers:
+                    self._last_read.setdefault(max(readers, key=order.__getitem__), []).append(source)
+        return self._last_read.get(node, [])
 
     def only_consumer(self, node: fx.Node) -> fx.Node | None:
         """Return the one node that uses a node's value, as its first argument, or None."""

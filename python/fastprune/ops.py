@@ -19,6 +19,15 @@ from .ops_conv import (
 from .ops_conv import (
     block_sparse_conv2d_weight_gradient as block_sparse_conv2d_weight_gradient,
 )
+from .ops_conv_changes import (
+    ablate_conv2d as ablate_conv2d,
+)
+from .ops_conv_changes import (
+    updated_conv2d as updated_conv2d,
+)
+from .ops_conv_changes import (
+    winograd_weight as winograd_weight,
+)
 
 _ops = torch.ops.fastprune
 

@@ -252,6 +252,88 @@ def ablate_linear(output: Tensor, input: Tensor, weight: Tensor, pieces: Tensor)
     return output - input @ _masked_weights(weight, pieces).transpose(1, 2)
 
 
+def ablate_conv2d(
+    output: Tensor,
+    input: Tensor,
+    weight: Tensor,
+    pieces: Tensor,
+    *,
+    stride: tuple[int, int] = (1, 1),
+    padding: tuple[int, int, int, int] = (0, 0, 0, 0),
+    dilation: tuple[int, int] = (1, 1),
+    activation: str | None = None,
+) -> Tensor:
+    """Return the convolution's output for each masked piece, by one convolution for each."""
+    taps = weight.flatten(2)
+    channels = torch.arange(weight.shape[1], device=pieces.device)
+    positions = torch.arange(taps.shape[2], device=pieces.device)
+    masked = []
+    for first_channel, last_channel, first_tap, last_tap in pieces.tolist():
+        inside = ((channels >= first_channel) & (channels < last_channel))[:, None]
+        inside = inside & (positions >= first_tap) & (positions < last_tap)
+        part = torch.where(inside, taps, 0.0).view(weight.shape)
+        masked.append(output - F.conv2d(_padded(input, padding), part, None, stride, 0, dilation))
+    result = torch.stack(masked) if masked else output.new_empty(0, *output.shape)
+    return result if activation is None else ACTIVATIONS[activation](result)
+
+
+# Lavin and Gray, Fast algorithms for convolutional neural networks (2016), section 4.3: F(4x4, 3x3).
+_WINOGRAD_INPUT = (
+    (4, 0, -5, 0, 1, 0), (0, -4, -4, 1, 1, 0), (0, 4, -4, -1, 1, 0),
+    (0, -2, -1, 2, 1, 0), (0, 2, -1, -2, 1, 0), (0, 4, 0, -5, 0, 1),
+)  # fmt: skip
+_WINOGRAD_WEIGHT = (
+    (1 / 4, 0, 0), (-1 / 6, -1 / 6, -1 / 6), (-1 / 6, 1 / 6, -1 / 6),
+    (1 / 24, 1 / 12, 1 / 6), (1 / 24, -1 / 12, 1 / 6), (0, 0, 1),
+)  # fmt: skip
+_WINOGRAD_OUTPUT = ((1, 1, 1, 1, 1, 0), (0, 1, -1, 2, -2, 0), (0, 1, 1, 4, 4, 0), (0, 1, -1, 8, -8, 1))
+_WINOGRAD_PANEL = 16
+
+
+def winograd_weight(weight: Tensor) -> Tensor:
+    """Return the transformed weight ``[36, ceil(out_channels / 16), in_channels, 16]``."""
+    matrix = torch.tensor(_WINOGRAD_WEIGHT, dtype=torch.float64, device=weight.device)
+    transform = torch.kron(matrix, matrix)
+    out_channels, in_channels = weight.shape[:2]
+    panels = -(-out_channels // _WINOGRAD_PANEL)
+    result = weight.new_zeros(36, panels, in_channels, _WINOGRAD_PANEL)
+    # A panel at a time: the whole weight in float64 would take nine times its memory.
+    for panel in range(panels):
+        rows = weight[panel * _WINOGRAD_PANEL : (panel + 1) * _WINOGRAD_PANEL].transpose(0, 1)
+        points = transform @ rows.double().reshape(-1, 9).T
+        result[:, panel, :, : rows.shape[1]] = points.view(36, in_channels, -1)
+    return result
+
+
+def updated_conv2d(
+    known: Tensor,
+    input: Tensor,
+    new_input: Tensor,
+    winograd_weight: Tensor,
+    addend: Tensor | None = None,
+    new_addend: Tensor | None = None,
+    *,
+    padding: tuple[int, int, int, int] = (0, 0, 0, 0),
+    activation: str | None = None,
+) -> Tensor:
+    """Return ``activation(known + conv2d(new_input - input) + new_addend - addend)`` by tiles of 4x4."""
+    out_channels, height, width = known.shape[1:]
+    rows, columns = -(-height // 4), -(-width // 4)
+    top, _, left, _ = padding
+    change = new_input - input
+    below, beside = rows * 4 + 2 - top - change.shape[2], columns * 4 + 2 - left - change.shape[3]
+    patches = F.pad(change, (left, beside, top, below)).unfold(2, 6, 4).unfold(3, 6, 4)
+    to_points, to_pixels = known.new_tensor(_WINOGRAD_INPUT), known.new_tensor(_WINOGRAD_OUTPUT)
+    points = torch.einsum("ia,ncrsab,jb->ncrsij", to_points, patches, to_points)
+    weight = winograd_weight.transpose(2, 3).flatten(1, 2)[:, :out_channels].unflatten(0, (6, 6))
+    products = torch.einsum("ncrsij,ijoc->nrsoij", points, weight)
+    tiles = torch.einsum("ai,nrsoij,bj->norasb", to_pixels, products, to_pixels)
+    result = known + tiles.flatten(4, 5).flatten(2, 3)[:, :, :height, :width]
+    if addend is not None and new_addend is not None:
+        result = result + (new_addend - addend)
+    return result if activation is None else ACTIVATIONS[activation](result)
+
+
 def _cross_entropy_deltas(
     logits: Tensor, masked: Tensor, targets: Tensor, sample_weight: Tensor | None
 ) -> Tensor:

@@ -63,6 +63,15 @@ namespace fastprune {
   template <class T>                                                                               \
   void ablate_linear(const AblateLinearArgs<T>&, int64_t, int64_t, T*);                            \
   template <class T>                                                                               \
+  int64_t ablate_conv2d_scratch(const AblateConv2dArgs<T>&);                                       \
+  template <class T>                                                                               \
+  void ablate_conv2d(const AblateConv2dArgs<T>&, int64_t, int64_t, T*);                            \
+  template <class T>                                                                               \
+  UpdatedConv2dWork plan_updated_conv2d(const UpdatedConv2dArgs<T>&);                              \
+  template <class T>                                                                               \
+  void updated_conv2d(const UpdatedConv2dArgs<T>&, const UpdatedConv2dWork&, int64_t, int64_t,     \
+                      T*);                                                                         \
+  template <class T>                                                                               \
   constexpr CpuKernelsOf<T> kTable = {plan_block_product<T>,                                       \
                                       block_product<T>,                                            \
                                       plan_block_convolution<T>,                                   \
@@ -83,7 +92,11 @@ namespace fastprune {
                                       ablated_mlp_cross_entropy_scratch<T>,                        \
                                       ablated_mlp_cross_entropy<T>,                                \
                                       ablate_linear_scratch<T>,                                    \
-                                      ablate_linear<T>};                                           \
+                                      ablate_linear<T>,                                            \
+                                      ablate_conv2d_scratch<T>,                                    \
+                                      ablate_conv2d<T>,                                            \
+                                      plan_updated_conv2d<T>,                                      \
+                                      updated_conv2d<T>};                                          \
   }
 
 FASTPRUNE_DECLARE_KERNELS(baseline)

@@ -4,11 +4,13 @@
 #include <string>
 #include <vector>
 
+#include "../ablate_conv2d.h"
 #include "../ablate_linear.h"
 #include "../ablated_cross_entropy.h"
 #include "../ablated_mlp_cross_entropy.h"
 #include "../block_sparse_conv2d_weight_gradient.h"
 #include "../block_sparse_linear_weight_gradient.h"
+#include "../updated_conv2d.h"
 #include "block_convolution.h"
 #include "block_product.h"
 #include "channels_last_convolution.h"
@@ -62,6 +64,11 @@ struct CpuKernelsOf {
                                     int64_t end, T* scratch);
   int64_t (*ablate_linear_scratch)(const AblateLinearArgs<T>&);
   void (*ablate_linear)(const AblateLinearArgs<T>&, int64_t begin, int64_t end, T* scratch);
+  int64_t (*ablate_conv2d_scratch)(const AblateConv2dArgs<T>&);
+  void (*ablate_conv2d)(const AblateConv2dArgs<T>&, int64_t begin, int64_t end, T* scratch);
+  UpdatedConv2dWork (*plan_updated_conv2d)(const UpdatedConv2dArgs<T>&);
+  void (*updated_conv2d)(const UpdatedConv2dArgs<T>&, const UpdatedConv2dWork&, int64_t begin,
+                         int64_t end, T* scratch);
 };
 
 struct CpuKernels {

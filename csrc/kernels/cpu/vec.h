@@ -160,6 +160,22 @@ inline Vec<T, kLanes<T>> load_lanes(LaneMask<T> mask, const T* source) {
 #endif
 }
 
+// The first `count` lanes, at most all; the others are 0.
+template <class T>
+inline Vec<T, kLanes<T>> load_first(const T* source, int64_t count) {
+  return count >= kLanes<T> ? load<Vec<T, kLanes<T>>>(source)
+                            : load_lanes<T>(first_lanes<T>(count), source);
+}
+
+template <class T>
+inline void store_first(T* target, Vec<T, kLanes<T>> value, int64_t count) {
+  if (count >= kLanes<T>) {
+    store(target, value);
+  } else if (count > 0) {
+    __builtin_memcpy(target, &value, count * sizeof(T));
+  }
+}
+
 // Bounds of the relative errors of the functions below, over their whole range, with and
 // without fused multiply-adds; tests/cpp/vec_accuracy.cpp measures them.
 constexpr double kExpRelativeError = 1.5e-7;

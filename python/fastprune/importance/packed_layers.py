@@ -14,6 +14,7 @@ from torch import Tensor, fx
 
 from .. import ops
 from ..block_sparse import BlockSparseTensor
+from ..conv_chains import ConvChain, find_chains
 from ..granularity import Block, weight_as_taps
 from ..graph import Replacement, TracedModel
 from ..node_ops import ConvOp, NodeOp, node_op
@@ -24,11 +25,18 @@ _BLOCKSIZE = (16, 16)
 _FEWEST_WEIGHTS = 128 * 128
 _FEWEST_SAMPLES = 64
 
+# A convolution whose output is channels-last saves those behind it the conversion.
+_FEWEST_CONVOLUTION_WEIGHTS = 1024
+
 # Of the blocks of a convolution, for the block-sparse kernel to be worth it in any shape.
 _LARGEST_DENSITY = 0.5
 
-# Of the memory budget, for all packed weights of a model.
+# Below this density a convolution on the block-sparse kernel is faster than Winograd's with all blocks.
+_LARGEST_SPARSE_DENSITY = 0.25
+
+# Of the memory budget, for all packed weights of a model, and for those of Winograd's algorithm.
 _SHARE_OF_BUDGET = 0.1
+_WINOGRAD_SHARE_OF_BUDGET = 0.15
 
 
 class PackedLayers:
@@ -44,7 +52,9 @@ class PackedLayers:
 
     def __init__(self, memory_budget: int) -> None:
         self._bytes_left = int(memory_budget * _SHARE_OF_BUDGET)
+        self._winograd_bytes_left = int(memory_budget * _WINOGRAD_SHARE_OF_BUDGET)
         self._packed: dict[int, BlockSparseTensor | Tensor | None] = {}
+        self._transformed: dict[tuple[int, ...], tuple[Tensor | None, tuple[object, ...]]] = {}
 
     def speed_up(self, traced: TracedModel) -> None:
         """Let a traced model compute its large layers by packed weights, as they are now."""
@@ -60,13 +70,35 @@ class PackedLayers:
             packed = self._pack(op, weight)
             if packed is not None and (bias is None or bias.dtype == torch.float32):
                 traced.replacements[node] = _replacement(op, weight, packed, bias)
+        chains = find_chains(traced, constants)
+        for chain in chains:
+            self._transform(traced, chain)
+        traced.use_chains(chains)
+
+    def _transform(self, traced: TracedModel, chain: ConvChain) -> None:
+        """Let a chain compute changes of a whole input by Winograd's algorithm, if that fits and gains."""
+        conv = traced.replacements.get(chain.nodes[0])
+        if not isinstance(conv, (_Convolution, _SparseConvolution)) or chain.winograd_bytes == 0:
+            return
+        if isinstance(conv, _SparseConvolution) and conv.packed.density <= _LARGEST_SPARSE_DENSITY:
+            return
+        key = tuple(map(id, chain.sources))
+        if key not in self._transformed:
+            fits = chain.winograd_bytes <= self._winograd_bytes_left
+            # The sources stay alive, so that no other gets their ids.
+            self._transformed[key] = (chain.transform() if fits else None, chain.sources)
+            self._winograd_bytes_left -= chain.winograd_bytes if fits else 0
+        winograd, _ = self._transformed[key]
+        if winograd is not None:
+            chain.use(winograd)
 
     def _pack(self, op: NodeOp, weight: Tensor) -> BlockSparseTensor | Tensor | None:
         # A module under a mask makes its weight anew for each call: the module stands for it.
         key = id(weight) if op.module is None else id(op.module)
         if key not in self._packed:
             size = weight.numel() * weight.element_size()
-            suits = weight.dtype == torch.float32 and not weight.is_cuda and weight.numel() >= _FEWEST_WEIGHTS
+            fewest = _FEWEST_CONVOLUTION_WEIGHTS if isinstance(op, ConvOp) else _FEWEST_WEIGHTS
+            suits = weight.dtype == torch.float32 and not weight.is_cuda and weight.numel() >= fewest
             packed = None
             if suits and size <= self._bytes_left:
                 packed = _packed_convolution(op, weight) if isinstance(op, ConvOp) else _blocks_of(weight)

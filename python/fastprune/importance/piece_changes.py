@@ -11,7 +11,7 @@ from torch import Tensor, fx
 
 from .. import ops
 from ..channel_changes import Change, ChannelChange, add_product
-from ..granularity import Block, Granularity, Head, InputUnit, Layer, Unit, weight_as_taps
+from ..granularity import Block, Granularity, Head, InputUnit, Layer, Unit
 from ..node_ops import ConvOp, NodeOp
 
 # Masked outputs of one layer that are made together stay near the caches.
@@ -105,16 +105,86 @@ def _columns(
     if not isinstance(op, ConvOp):
         yield from _linear_columns(node, weight, nonzero, source, output)
         return
-    outputs, inputs = weight.shape[0] // op.groups, weight.shape[1]
-    for channel in range(len(nonzero)):
-        if nonzero[channel]:
-            group, column = divmod(channel, inputs)
-            rows = slice(group * outputs, (group + 1) * outputs)
-            part = weight[rows, column : column + 1]
-            product = op.convolve(source[:, channel : channel + 1], part, None, 1)
-            yield {node: ChannelChange(1, rows.start, rows.stop, output[:, rows] - product)}
+    outputs, inputs, taps = weight.shape[0] // op.groups, weight.shape[1], weight[0, 0].numel()
+    bounds = [(column, column + 1, 0, taps) for column in range(inputs)]
+    for group in range(op.groups):
+        channels = slice(group * inputs, (group + 1) * inputs)
+        rows = slice(group * outputs, (group + 1) * outputs)
+        yield from _conv_pieces(
+            node,
+            op,
+            weight[rows],
+            bounds,
+            nonzero[channels],
+            source[:, channels],
+            output[:, rows],
+            rows.start,
+        )
+
+
+def has_conv_kernel(output: Tensor) -> bool:
+    """Tell whether the kernel for pieces of a convolution reads an output where it lies."""
+    return output.stride(1) == 1 and not output.is_cuda and ops.has_ablation_kernels(output)
+
+
+def _conv_pieces(
+    node: fx.Node,
+    op: ConvOp,
+    weight: Tensor,
+    bounds: Sequence[tuple[int, int, int, int]],
+    nonzero: Sequence[bool],
+    source: Tensor,
+    output: Tensor,
+    first_row: int,
+) -> Iterator[Masked | None]:
+    """Pieces of the same outputs of a convolution: channels of the input and taps, several at a time.
+
+    ``source`` is padded already where torch computes pieces of one tap of several.
+    """
+    left, right, top, bottom = op.sides((weight.shape[2], weight.shape[3]))
+    wanted = [piece for piece, flag in zip(bounds, nonzero, strict=True) if flag]
+    at_once = max(1, _MASKED_BYTES // max(1, output.numel() * output.element_size()))
+
+    def masked() -> Iterator[Tensor]:
+        for begin in range(0, len(wanted), at_once):
+            chunk = torch.tensor(wanted[begin : begin + at_once], dtype=torch.int32)
+            yield from ops.ablate_conv2d(
+                output,
+                source,
+                weight,
+                chunk,
+                stride=op.strides,
+                padding=(top, bottom, left, right),
+                dilation=op.dilations,
+            )
+
+    if has_conv_kernel(output):
+        outputs = masked()
+    else:
+        outputs = _convolved_pieces(op, weight, wanted, source, output)
+    for flag in nonzero:
+        if flag:
+            yield {node: ChannelChange(1, first_row, first_row + len(weight), next(outputs))}
         else:
             yield None
+
+
+def _convolved_pieces(
+    op: ConvOp, weight: Tensor, bounds: Iterable[tuple[int, int, int, int]], source: Tensor, output: Tensor
+) -> Iterator[Tensor]:
+    """The same by torch: a piece of all taps as one convolution, one of a tap as a 1x1 convolution."""
+    height, width = weight.shape[2:]
+    strides, dilations = op.strides, op.dilations
+    for first, last, tap, last_tap in bounds:
+        if last_tap - tap == height * width:
+            yield output - op.convolve(source[:, first:last], weight[:, first:last], None, 1)
+            continue
+        (top, left) = (offset * step for offset, step in zip(divmod(tap, width), dilations, strict=True))
+        bottom = top + (output.shape[2] - 1) * strides[0] + 1
+        right = left + (output.shape[3] - 1) * strides[1] + 1
+        seen = source[:, first:last, top : bottom : strides[0], left : right : strides[1]]
+        part = weight[:, first:last].flatten(2)[:, :, tap]
+        yield output - F.conv2d(seen, part[:, :, None, None])
 
 
 def _linear_columns(
@@ -168,26 +238,20 @@ def _linear_blocks(
 def _conv_blocks(
     node: fx.Node, op: ConvOp, weight: Tensor, block: Block, values: Values
 ) -> Iterator[Masked | None]:
-    """Blocks of one kernel tap: a 1x1 convolution of the inputs that this tap sees."""
-    out, inputs, height, width = weight.shape
-    output, taps = values[node], weight_as_taps(weight)
-    padded = F.pad(values[op.input], op.sides((height, width)))
-    strides, dilations = op.strides, op.dilations
-    nonzero = iter(_nonzero(block, weight))
-    for row in range(0, out, block.rows):
-        rows = slice(row, min(row + block.rows, out))
-        for tap in range(height * width):
-            (top, left) = (offset * step for offset, step in zip(divmod(tap, width), dilations, strict=True))
-            bottom = top + (output.shape[2] - 1) * strides[0] + 1
-            right = left + (output.shape[3] - 1) * strides[1] + 1
-            seen = padded[:, :, top : bottom : strides[0], left : right : strides[1]]
-            for col in range(0, inputs, block.cols):
-                columns = slice(col, min(col + block.cols, inputs))
-                if next(nonzero):
-                    product = F.conv2d(seen[:, columns], taps[rows, tap, columns, None, None])
-                    yield {node: ChannelChange(1, rows.start, rows.stop, output[:, rows] - product)}
-                else:
-                    yield None
+    """Blocks of one kernel tap, the block rows one after the other."""
+    inputs, taps = weight.shape[1], weight[0, 0].numel()
+    bounds = [
+        (col, min(col + block.cols, inputs), tap, tap + 1)
+        for tap in range(taps)
+        for col in range(0, inputs, block.cols)
+    ]
+    nonzero, source, output = _nonzero(block, weight), values[op.input], values[node]
+    if taps > 1 and not has_conv_kernel(output):
+        source = F.pad(source, op.sides((weight.shape[2], weight.shape[3])))
+    for index, row in enumerate(range(0, weight.shape[0], block.rows)):
+        rows = slice(row, row + block.rows)
+        flags = nonzero[index * len(bounds) : (index + 1) * len(bounds)]
+        yield from _conv_pieces(node, op, weight[rows], bounds, flags, source, output[:, rows], row)
 
 
 def _grouped_blocks(
