@@ -156,6 +156,47 @@ def test_coupled_units_begin_within_a_chain(calls):
     assert_exact(scores["conv2"], expected, loss)
 
 
+def assert_chains_change_nothing(traced, values, changes):
+    """Compare a run of changes with one without chains."""
+    with torch.no_grad():
+        found = run_changed(traced, values, changes)
+        traced.use_chains([])
+        wanted = run_changed(traced, values, changes)
+    assert not torch.allclose(found, values[traced.output_node], rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-5)
+
+
+def test_a_change_within_a_chain_holds_whatever_reaches_it():
+    torch.manual_seed(4)
+    model = ChainNet().eval()
+    with torch.no_grad():
+        traced, values = traced_and_values(model)
+    first, second = (traced.single_call(norm) for norm in (model.norm1, model.norm2))
+    own = ChannelChange(1, 5, 30, torch.zeros_like(values[second][:, 5:30]))
+    changes = {first: torch.randn_like(values[first]), second: own}
+    assert_chains_change_nothing(traced, values, changes)
+
+
+def test_a_value_is_kept_until_the_chain_that_reads_it_ends():
+    class ReadTwice(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.stem, self.conv = nn.Conv2d(3, 32, 5, padding=2), nn.Conv2d(32, 32, 3, padding=1)
+
+        def forward(self, x):
+            x = self.stem(x)
+            y = self.conv(x)
+            z = torch.tanh(x)  # reads x after the convolution, and before what follows it
+            return (F.relu(y) + z).mean((2, 3))
+
+    torch.manual_seed(5)
+    model = ReadTwice().eval()
+    with torch.no_grad():
+        traced, values = traced_and_values(model)
+    node = traced.single_call(model.stem)
+    assert_chains_change_nothing(traced, values, {node: torch.randn_like(values[node])})
+
+
 def test_a_chain_does_not_run_its_convolution(monkeypatch):
     model = ChainNet().eval()
     with torch.no_grad():
