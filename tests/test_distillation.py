@@ -11,7 +11,8 @@ from torch import nn
 from torch.utils.data import DataLoader, IterableDataset
 
 import fastprune as fp
-from fastprune.distillation import distillation_loss, make_optimizer
+from fastprune.distillation_losses import distillation_loss
+from fastprune.learners import make_optimizer
 from helpers import Snapshot, classification_batches, masked_mlp, mlp
 from networks import TwoInputs, WritesIntoInput
 
@@ -200,7 +201,7 @@ def test_the_state_of_a_given_optimizer_goes_on():
         ("hard_label_weight", -0.1, ValueError),
         ("hard_label_weight", 1.1, ValueError),
         ("hard_label_weight", float("nan"), ValueError),
-        ("mode", "mutual", ValueError),
+        ("mode", "both", ValueError),
         ("optimizer", "adam", TypeError),
         ("loss_fn", "ce", TypeError),
     ],

@@ -25,11 +25,12 @@ from .batches import (
     keep_generators,
     model_device,
 )
-from .distillation import OptimizerFactory, check_distillation, distill
+from .distillation import check_distillation, distill
 from .files import state_digest, write_atomically
 from .granularity import Block, Granularity, check_granularity
 from .importance import check_criterion, score
 from .layers import check_model
+from .learners import OptimizerFactory
 from .masks import Masks, apply_masks_, check_scope, check_sparsity, piece_mask_of
 from .metrics import evaluate
 from .modules import leave_dense_, sparsify_
