@@ -100,9 +100,10 @@ def gradients(model, penalty):
 def test_the_group_lasso_is_the_sum_of_the_norms_times_the_root_of_their_sizes(kind, granularity):
     model, _ = networks(kind)
     expected, expected_gradients = 0.0, {}
+    weights = weights_of(model)
     for name, layer in layers_of(model).items():
         expected += sum(
-            float(layer.weight.detach().double()[piece].norm()) * int(piece.sum()) ** 0.5
+            float(weights[name][piece].norm()) * int(piece.sum()) ** 0.5
             for piece in pieces(granularity, layer)
         )
         expected_gradients[name] = by_pieces(
@@ -144,9 +145,10 @@ def test_a_piece_of_zeros_has_no_gradient_and_one_of_tiny_weights_a_finite_one()
 @pytest.mark.parametrize("granularity", GRANULARITIES, ids=str)
 def test_max_norm_scales_what_is_longer_and_nothing_else(kind, granularity):
     model, _ = networks(kind)
+    weights = weights_of(model)
     norms = torch.stack(
         [
-            weights_of(model)[name][p].norm()
+            weights[name][p].norm()
             for name, layer in layers_of(model).items()
             for p in pieces(granularity, layer)
         ]
@@ -168,9 +170,10 @@ def test_max_norm_scales_what_is_longer_and_nothing_else(kind, granularity):
 @pytest.mark.parametrize("granularity", GRANULARITIES, ids=str)
 def test_the_soft_threshold_shrinks_norms_and_makes_short_ones_exactly_zero(kind, granularity):
     model, _ = networks(kind)
+    weights = weights_of(model)
     ratios = torch.stack(
         [
-            weights_of(model)[name][p].norm() / int(p.sum()) ** 0.5
+            weights[name][p].norm() / int(p.sum()) ** 0.5
             for name, layer in layers_of(model).items()
             for p in pieces(granularity, layer)
         ]
@@ -298,7 +301,7 @@ def test_in_a_loop_of_ones_own_masked_weights_stay_exactly_zero(kind, optimizer)
 def test_all_parameters_and_those_of_batch_norms_alone():
     model = SmallConvNet()
     total = sum(float(p.detach().double().abs().sum()) for p in model.parameters())
-    assert float(fp.l1_penalty(model, fp.ParameterTensor())) == pytest.approx(total, rel=1e-5)
+    assert float(fp.l1_penalty(model, fp.ParameterTensor()).detach()) == pytest.approx(total, rel=1e-5)
     norms = sum(float(norm.weight.detach().double().abs().sum()) for norm in (model.norm1, model.norm2))
     slimming = fp.l1_penalty(model, fp.ParameterTensor(), include=nn.BatchNorm2d, exclude="*.bias")
     assert float(slimming) == pytest.approx(norms, rel=1e-5)
