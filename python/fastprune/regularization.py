@@ -55,20 +55,21 @@ class _Weight(NamedTuple):
         assert isinstance(tensor, Tensor)
         return tensor
 
-    def norms(self) -> Tensor:
+    def norms(self, dense: Tensor) -> Tensor:
         """Return the L2 norm of each piece in float32 at least; the gradient of a piece of zeros is zero."""
-        squares = self.granularity.sum_pieces(_at_least_float32(self.tensor).square())
+        squares = self.granularity.sum_pieces(_at_least_float32(dense).square())
         # The root's gradient at zero is infinite, and would make every masked weight NaN.
         above = squares > 0
         return torch.where(above, torch.where(above, squares, 1.0).sqrt(), 0.0)
 
-    def root_sizes(self) -> Tensor:
+    def root_sizes(self, dense: Tensor) -> Tensor:
         """Return the square root of the number of weights in each piece."""
-        return _root_sizes(self.granularity, self.tensor.shape).to(self.stored.device)
+        dtype = torch.float64 if dense.dtype == torch.float64 else torch.float32
+        return _root_sizes(self.granularity, dense.shape).to(dtype).to(dense.device)
 
-    def spread(self, pieces: Tensor) -> Tensor:
-        """Return one value per weight from one per piece."""
-        return self.granularity.expand(pieces, self.tensor.shape)
+    def scaled(self, dense: Tensor, factors: Tensor) -> Tensor:
+        """Return the weight with each piece multiplied by a factor."""
+        return _at_least_float32(dense) * self.granularity.expand(factors, dense.shape)
 
     def check_writable(self) -> None:
         """Raise ValueError where something else than a mask stands between what is stored and the weight."""
@@ -100,7 +101,7 @@ def _at_least_float32(tensor: Tensor) -> Tensor:
 
 @functools.lru_cache(maxsize=1024)
 def _root_sizes(granularity: Granularity, shape: torch.Size) -> Tensor:
-    return granularity.sizes(shape).float().sqrt()
+    return granularity.sizes(shape).double().sqrt()
 
 
 def _weights_of(
@@ -211,7 +212,11 @@ def group_lasso_penalty(
 
     """
     weights = _weights_of(model, granularity, include, exclude)
-    return _total([(weight.norms() * weight.root_sizes()).sum() for weight in weights])
+    penalties = []
+    for weight in weights:
+        dense = weight.tensor
+        penalties.append((weight.norms(dense) * weight.root_sizes(dense)).sum())
+    return _total(penalties)
 
 
 def _constrained(
@@ -268,9 +273,10 @@ def soft_threshold_(
     """
     check_positive(amount, "amount")
     for weight in _constrained(model, granularity, include, exclude):
-        norms = weight.norms()
-        factors = (1.0 - amount * weight.root_sizes() / norms.clamp(min=_tiny(norms))).clamp(min=0.0)
-        weight.write(_at_least_float32(weight.tensor) * weight.spread(factors))
+        dense = weight.tensor
+        norms = weight.norms(dense)
+        shrinkage = amount * weight.root_sizes(dense) / norms.clamp(min=_tiny(norms))
+        weight.write(weight.scaled(dense, (1.0 - shrinkage).clamp(min=0.0)))
     return model
 
 
@@ -311,9 +317,10 @@ def max_norm_(
     """
     check_positive(max_norm, "max_norm")
     for weight in _constrained(model, granularity, include, exclude):
-        norms = weight.norms()
+        dense = weight.tensor
+        norms = weight.norms(dense)
         factors = torch.where(norms > max_norm, max_norm / norms.clamp(min=_tiny(norms)), 1.0)
-        weight.write(_at_least_float32(weight.tensor) * weight.spread(factors))
+        weight.write(weight.scaled(dense, factors))
     return model
 
 
