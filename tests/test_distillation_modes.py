@@ -97,6 +97,7 @@ def test_in_mutual_mode_masked_weights_of_both_stay_zero(sparse):
         model, x = masked_mlp(0.5)
         models.append(model)
     zeros = [model[0].weight == 0 for model in models]
+    assert all(0.4 < float(mask.float().mean()) < 0.6 for mask in zeros)
     if sparse:
         fp.sparsify_(models[1], example_inputs=x, blocksize=(4, 4), policy="always")
         assert isinstance(models[1][0], fp.BlockSparseLinear)
@@ -198,6 +199,7 @@ def test_in_self_mode_a_given_teacher_teaches_the_first_round_alone():
 def test_in_self_mode_a_masked_student_stays_masked():
     student, _ = masked_mlp(0.5)
     zeros = student[0].weight == 0
+    assert 0.4 < float(zeros.float().mean()) < 0.6
     loader = classification_batches((9, 4), (17,), 10)
     fp.distill(student, None, loader, epochs=1, rounds=3, mode="self", features={"1": "1"}, progress=False)
     assert bool((student[0].weight[zeros] == 0).all())

@@ -391,6 +391,7 @@ def test_masked_weights_are_exactly_zero_after_each_step(optimizer, network, spa
         kinds = {type(model.get_submodule(name)) for name in layers}
         assert kinds <= {fp.BlockSparseLinear, fp.BlockSparseConv2d}
     zeros = {name: model.get_submodule(name).weight == 0 for name in layers}
+    assert all(bool(mask.any()) and not bool(mask.all()) for mask in zeros.values())
     before = {name: model.get_submodule(name).weight.detach().clone() for name in layers}
     steps = []
 

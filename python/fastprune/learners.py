@@ -98,18 +98,13 @@ def lending(optimizer: torch.optim.Optimizer) -> Iterator[Callable[[Iterable[nn.
         new = [p for p in parameters if p.requires_grad and id(p) not in present]
         lent.extend(new)
         group["params"].extend(new)
-        if "param_names" in group:
-            group["param_names"].extend(f"lent.{len(lent) - len(new) + index}" for index in range(len(new)))
 
     try:
         yield add
     finally:
         if lent:
             ids = {id(parameter) for parameter in lent}
-            kept = [index for index, p in enumerate(group["params"]) if id(p) not in ids]
-            for key in ("params", "param_names"):
-                if key in group:
-                    group[key][:] = [group[key][index] for index in kept]
+            group["params"][:] = [parameter for parameter in group["params"] if id(parameter) not in ids]
             for parameter in lent:
                 optimizer.state.pop(parameter, None)
 
