@@ -205,6 +205,7 @@ def test_a_mean_is_weighted_by_the_samples_of_its_batch():
         (nn.CrossEntropyLoss(label_smoothing=0.1), torch.tensor([0, -100, -100, -100])),
         (nn.MultiMarginLoss(), torch.tensor([0, 1, 2, 4])),
         (nn.MSELoss(), torch.randn(4, 5)),
+        (lambda logits, targets: logits.mean(), torch.tensor([0, -100, -100, 4])),
     ],
 )
 def test_the_weight_of_a_batch_is_known_from_its_targets(loss_fn, targets):

@@ -10,24 +10,10 @@ import torch.nn.functional as F
 from torch import nn
 
 import fastprune as fp
+from distillation_steps import assert_same_weights, divergence, sgd
 from helpers import Snapshot, classification_batches, masked_mlp, mlp
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-
-
-def sgd(parameters):
-    return torch.optim.SGD(parameters, 0.1)
-
-
-def divergence(student, teacher, temperature):
-    """T^2 KL(teacher || student), by the formula."""
-    p, q = (F.log_softmax(logits / temperature, 1) for logits in (teacher.detach(), student))
-    return (p.exp() * (p - q)).sum(1).mean() * temperature**2
-
-
-def assert_same_weights(model, expected):
-    for found, other in zip(model.parameters(), expected.parameters(), strict=True):
-        torch.testing.assert_close(found.double(), other.double(), rtol=1e-5, atol=1e-7)
 
 
 def test_in_mutual_mode_each_learns_from_the_predictions_that_the_other_made_before_the_step():
