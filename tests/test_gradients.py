@@ -217,12 +217,13 @@ def test_weights_with_a_small_gradient_do_not_move_and_the_others_as_without_thr
 
 
 @pytest.mark.parametrize("fused", [False, True])
-def test_a_threshold_reads_gradients_unscaled(fused):
+@pytest.mark.parametrize("threshold", [{"local": 0.01}, {"global_": 0.1}], ids=str)
+def test_a_threshold_reads_gradients_unscaled(fused, threshold):
     model = mlp()
     before = copy.deepcopy(model)
     optimizer = torch.optim.AdamW(model.parameters(), 0.1, fused=fused)
     scaler = torch.amp.GradScaler("cpu", init_scale=64.0)  # which fused optimizers divide by in their step
-    fp.GradientThreshold(optimizer, local=0.01)
+    fp.GradientThreshold(optimizer, **threshold)
     for gradient, moves in ((0.005, False), (0.02, True)):
         optimizer.zero_grad()
         scaler.scale(gradient * sum(parameter.sum() for parameter in model.parameters())).backward()
