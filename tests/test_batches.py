@@ -195,6 +195,25 @@ def test_a_mean_is_weighted_by_the_samples_of_its_batch():
     assert _mean(Loss(per_sample), batches) == pytest.approx(whole, rel=1e-5)
 
 
+@pytest.mark.parametrize(
+    ("loss_fn", "targets"),
+    [
+        (None, torch.tensor([0, -100, 2, 4])),
+        (None, torch.tensor([1, 2, 3, 4], dtype=torch.int32)),
+        (None, torch.full((4, 5), 0.2)),
+        (nn.CrossEntropyLoss(ignore_index=2, weight=torch.arange(1.0, 6.0)), torch.tensor([0, 1, 2, 4])),
+        (nn.CrossEntropyLoss(label_smoothing=0.1), torch.tensor([0, -100, -100, -100])),
+        (nn.MultiMarginLoss(), torch.tensor([0, 1, 2, 4])),
+        (nn.MSELoss(), torch.randn(4, 5)),
+        (lambda logits, targets: logits.mean(), torch.tensor([0, -100, -100, 4])),
+    ],
+)
+def test_the_weight_of_a_batch_is_known_from_its_targets(loss_fn, targets):
+    loss = Loss(loss_fn)
+    _, weight = loss(torch.randn(4, 5), targets, 4)
+    assert loss.weight(targets, 4) == weight > 0
+
+
 def test_torch_cross_entropy_is_recognised_and_a_subclass_is_called():
     class Zero(nn.CrossEntropyLoss):
         def forward(self, input, target):

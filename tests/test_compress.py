@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
+from torch.optim.lr_scheduler import StepLR
 from torch.utils.data import DataLoader, TensorDataset
 
 import fastprune as fp
@@ -287,6 +288,11 @@ def test_keyword_inputs_and_dict_outputs_are_compressed():
         ("hard_label_weight", 2.0, ValueError),
         ("optimizer", torch.optim.SGD([torch.zeros(1)], 0.1), TypeError),
         ("optimizer", "adam", TypeError),
+        ("distillation", 3, TypeError),
+        ("distillation", {"epochs": 2}, ValueError),
+        ("distillation", {"mode": "mutual"}, ValueError),
+        ("distillation", {"features": fp.FeatureLoss({"0": "0"})}, TypeError),
+        ("distillation", {"scheduler": StepLR(torch.optim.SGD([torch.zeros(1)], 0.1), 1)}, TypeError),
         ("loss_fn", "ce", TypeError),
         ("max_samples", 0, ValueError),
         ("max_accuracy_drop", -0.1, ValueError),

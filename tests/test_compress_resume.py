@@ -91,6 +91,46 @@ def test_a_stopped_run_of_a_masked_conv_net_ends_with_the_same_bits(tmp_path, mo
     assert_same_bits(result.model, expected.model)
 
 
+@pytest.mark.parametrize("granularity", [fp.Block(4, 4), fp.Unit()], ids=str)
+def test_with_more_options_of_distill_a_stopped_run_ends_with_the_same_bits(
+    tmp_path, monkeypatch, granularity
+):
+    model, train, val = task()
+    distillation = {
+        "features": {"1": "1"},
+        "accumulation_steps": 2,
+        "max_grad_norm": 1.0,
+        "autocast_dtype": torch.bfloat16,
+        "scheduler": lambda optimizer: torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.5),
+        "penalty": lambda student: 1e-3 * fp.l1_penalty(student),
+        "after_step": lambda student: fp.max_norm_(student, 2.0),
+        "soft_loss": "mse",
+    }
+    options = {**OPTIONS, "granularity": granularity, "distillation": distillation}
+    expected = fp.compress(model, train, val, **options)
+    with monkeypatch.context() as patch:
+        _stop_at(patch, "distill", 2)
+        with pytest.raises(_Stop):
+            fp.compress(model, train, val, **options, checkpoint_dir=tmp_path)
+    result = fp.compress(model, train, val, **options, checkpoint_dir=tmp_path)
+    assert_same_bits(result.model, expected.model)
+    plain = fp.compress(model, train, val, **{**options, "distillation": None})
+    assert plain.history[-1]["train_loss"] != expected.history[-1]["train_loss"]
+
+
+@pytest.mark.parametrize("first", [None, {"max_grad_norm": 1.0}])
+def test_a_directory_of_a_run_with_other_options_of_distill_is_refused(tmp_path, first):
+    model, train, val = task()
+    options = {**OPTIONS, "rounds": 1, "checkpoint_dir": tmp_path}
+    fp.compress(model, train, val, **options, distillation=first)
+    for other in ({"max_grad_norm": 2.0}, {"max_grad_norm": 1.0, "soft_loss": "mse"}, None if first else {}):
+        if (other or None) == first:
+            continue
+        with pytest.raises(ValueError, match=r"other arguments \(distillation\)"):
+            fp.compress(model, train, val, **options, distillation=other)
+    fp.compress(model, train, val, **options, distillation=first)
+
+
 def test_a_finished_run_is_read_and_not_repeated(tmp_path, monkeypatch):
     model, train, val = task()
     first = fp.compress(model, train, val, **OPTIONS, checkpoint_dir=tmp_path / "new" / "run")

@@ -11,7 +11,8 @@ from torch import nn
 from torch.utils.data import DataLoader, IterableDataset
 
 import fastprune as fp
-from fastprune.distillation import distillation_loss, make_optimizer
+from fastprune.distillation_losses import distillation_loss
+from fastprune.learners import make_optimizer
 from helpers import Snapshot, classification_batches, masked_mlp, mlp
 from networks import TwoInputs, WritesIntoInput
 
@@ -20,37 +21,6 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 def sgd(parameters):
     return torch.optim.SGD(parameters, 0.1)
-
-
-@pytest.mark.parametrize("shape", [(6, 5), (6, 5, 3), (1, 151)])
-@pytest.mark.parametrize("temperature", [0.5, 1.0, 4.0])
-def test_the_loss_is_the_mean_divergence_times_the_temperature_squared(shape, temperature):
-    student, teacher = torch.randn(shape), torch.randn(shape)
-    p = F.softmax(teacher.double() / temperature, 1)
-    q = F.softmax(student.double() / temperature, 1)
-    expected = (p * (p.log() - q.log())).sum(1).mean() * temperature**2
-    assert float(distillation_loss(student, teacher, temperature)) == pytest.approx(float(expected), rel=1e-5)
-    assert float(distillation_loss(teacher, teacher, temperature)) == pytest.approx(0.0, abs=1e-6)
-
-
-def test_a_high_temperature_keeps_the_size_of_the_gradient():
-    teacher = torch.randn(8, 5)
-    sizes = []
-    for temperature in (20.0, 80.0):
-        student = torch.zeros(8, 5, requires_grad=True)
-        distillation_loss(student, teacher, temperature).backward()
-        sizes.append(float(student.grad.norm()))
-    assert sizes[1] == pytest.approx(sizes[0], rel=0.1)
-
-
-@pytest.mark.parametrize("shape", [(9,), (9, 1)])
-def test_a_single_logit_is_the_log_odds_of_two_classes(shape):
-    student, teacher = torch.randn(shape), torch.randn(shape)
-    p, q = torch.sigmoid(teacher.double() / 2), torch.sigmoid(student.double() / 2)
-    divergence = p * (p / q).log() + (1 - p) * ((1 - p) / (1 - q)).log()
-    assert float(distillation_loss(student, teacher, 2.0)) == pytest.approx(
-        float(divergence.mean() * 4), rel=1e-5
-    )
 
 
 def test_a_teacher_with_another_number_of_classes_is_refused():
@@ -111,6 +81,7 @@ def test_each_step_takes_the_gradient_of_the_weighted_loss(hard_label_weight):
 def test_masked_weights_stay_exactly_zero():
     student, _ = masked_mlp(0.5)
     zeros = student[0].weight == 0
+    assert 0.4 < float(zeros.float().mean()) < 0.6
     before = student[0].weight.detach().clone()
     loader = classification_batches((9, 4), (17,), 10)
     fp.distill(student, mlp(17, 33, 10), loader, epochs=2, progress=False)
@@ -200,7 +171,7 @@ def test_the_state_of_a_given_optimizer_goes_on():
         ("hard_label_weight", -0.1, ValueError),
         ("hard_label_weight", 1.1, ValueError),
         ("hard_label_weight", float("nan"), ValueError),
-        ("mode", "mutual", ValueError),
+        ("mode", "both", ValueError),
         ("optimizer", "adam", TypeError),
         ("loss_fn", "ce", TypeError),
     ],

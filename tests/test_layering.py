@@ -32,7 +32,9 @@ ORDER = (
     "importance",
     "modules.base", "modules.own_forward", "modules.linear", "modules.conv", "modules.swapping",
     "modules.examples", "modules.formats", "modules.choice", "modules.fold", "modules.convert", "modules",
-    "metrics", "distillation", "saved_structure", "serialization",
+    "metrics", "gradients", "regularization", "capture", "distillation_losses", "learners",
+    "distillation_rounds", "distillation",
+    "saved_structure", "serialization",
     "compress", "demo", "cli",
     "", "__main__",
 )  # fmt: skip

@@ -8,7 +8,7 @@ from torch import nn
 from torch.nn.utils import prune
 
 import fastprune as fp
-from fastprune.layers import select_layers
+from fastprune.layers import select_layers, selects
 
 
 def _model():
@@ -44,6 +44,10 @@ ALL = ["encoder.0", "encoder.2", "decoder.0", "head"]
 )
 def test_layers_are_chosen_in_the_order_of_the_model(include, exclude, expected):
     assert list(select_layers(_model(), include, exclude)) == expected
+    taken = selects(include, exclude)
+    kinds = (nn.Linear, nn.Conv2d)
+    modules = [pair for pair in _model().named_modules() if isinstance(pair[1], kinds)]
+    assert [name for name, module in modules if taken(name, module)] == expected
 
 
 def test_an_iterator_of_selectors_is_read_once_for_all_layers():

@@ -277,6 +277,18 @@ class Loss:
             )
         return values.double(), float(size)
 
+    def weight(self, targets: Any, size: int) -> float:
+        """Return the weight of a batch: its samples, or what cross-entropy's mean is divided by."""
+        if not self.is_cross_entropy or not isinstance(targets, Tensor):
+            return float(size)
+        if targets.is_floating_point():  # probabilities [samples, classes, *]
+            return float(targets.numel() // targets.shape[1]) if targets.dim() > 1 else 1.0
+        kept = targets != self.ignore_index
+        class_weight: Tensor | None = getattr(self.loss_fn, "weight", None)
+        if class_weight is None:
+            return float(kept.sum())
+        return float(class_weight[targets[kept].long()].sum(dtype=torch.float64))
+
     def _cross_entropy(self, logits: Tensor, targets: Tensor) -> tuple[Tensor, float]:
         if not isinstance(logits, Tensor) or not isinstance(targets, Tensor):
             kind = type(targets if isinstance(logits, Tensor) else logits).__name__
@@ -293,9 +305,4 @@ class Loss:
             label_smoothing=getattr(self.loss_fn, "label_smoothing", 0.0),
             reduction="none",
         )
-        if targets.is_floating_point():
-            return values.flatten(), float(values.numel())
-        kept = targets != self.ignore_index
-        if class_weight is None:
-            return values.flatten(), float(kept.sum())
-        return values.flatten(), float(class_weight[targets[kept]].sum(dtype=torch.float64))
+        return values.flatten(), self.weight(targets, 1)

@@ -9,13 +9,14 @@ import math
 import os
 import random
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from torch import nn
+from torch.optim.lr_scheduler import LRScheduler
 
 from .batches import (
     LossFunction,
@@ -25,11 +26,13 @@ from .batches import (
     keep_generators,
     model_device,
 )
-from .distillation import OptimizerFactory, check_distillation, distill
+from .distillation import check_distillation, distill
+from .distillation_losses import FeatureLoss
 from .files import state_digest, write_atomically
 from .granularity import Block, Granularity, check_granularity
 from .importance import check_criterion, score
 from .layers import check_model
+from .learners import OptimizerFactory
 from .masks import Masks, apply_masks_, check_scope, check_sparsity, piece_mask_of
 from .metrics import evaluate
 from .modules import leave_dense_, sparsify_
@@ -72,6 +75,46 @@ def _name_of(function: Any) -> str | None:
     return getattr(function, "__qualname__", type(function).__qualname__)
 
 
+# What `distillation` may hold: no object with a state, which a resumed run would not have.
+_DISTILLATION_OPTIONS = (
+    "accumulation_steps",
+    "after_step",
+    "autocast_dtype",
+    "feature_weight",
+    "features",
+    "max_grad_norm",
+    "penalty",
+    "scheduler",
+    "scheduler_interval",
+    "soft_loss",
+)
+
+
+def _check_distillation_options(options: Mapping[str, Any] | None) -> dict[str, Any]:
+    """Return a copy of the options, or raise for one that distill does not take or that has a state."""
+    if options is None:
+        return {}
+    if not isinstance(options, Mapping):
+        raise TypeError(f"`distillation` must map names of arguments to values, got {type(options).__name__}")
+    for name, value in options.items():
+        if name not in _DISTILLATION_OPTIONS:
+            raise ValueError(f"`distillation` may hold {', '.join(_DISTILLATION_OPTIONS)}, got {name!r}")
+        if isinstance(value, (LRScheduler, FeatureLoss)):
+            raise TypeError(
+                f"`distillation` must give '{name}' as "
+                + ("a function from an optimizer" if name == "scheduler" else "pairs of names")
+                + f", got a {type(value).__name__}, whose state a resumed run would not have"
+            )
+    return dict(options)
+
+
+def _describe_options(options: Mapping[str, Any]) -> dict[str, str | None]:
+    """Return the options as text that a later process gives too."""
+    return {
+        name: _name_of(value) if callable(value) else repr(value) for name, value in sorted(options.items())
+    }
+
+
 class _Checkpoints:
     """Finished rounds in a directory: a model file each, and one JSON file that commits them."""
 
@@ -96,7 +139,8 @@ class _Checkpoints:
         except (ValueError, KeyError, TypeError) as error:
             raise ValueError(f"`checkpoint_dir` holds a damaged {state_path.name}: {error}") from error
         if settings != self.settings:
-            different = sorted(key for key in self.settings if settings.get(key) != self.settings[key])
+            keys = {*self.settings, *settings}
+            different = sorted(key for key in keys if settings.get(key) != self.settings.get(key))
             raise ValueError(
                 f"`checkpoint_dir` holds a run with other arguments ({', '.join(different)}); "
                 "pass an empty directory or the same arguments"
@@ -133,6 +177,7 @@ def compress(
     loss_fn: LossFunction | None = None,
     output_transform: OutputTransform | None = None,
     optimizer: OptimizerFactory | None = None,
+    distillation: Mapping[str, Any] | None = None,
     example_inputs: Any = None,
     max_samples: int | None = None,
     max_accuracy_drop: float | None = None,
@@ -166,6 +211,8 @@ def compress(
         loss_fn: see :func:`score`.
         output_transform: see :func:`score`.
         optimizer: a function from parameters to an optimizer, called each round; None for AdamW, 1e-3.
+        distillation: more arguments of :func:`distill` for each round, such as
+            ``{"max_grad_norm": 1.0, "features": {"layer3": "layer3"}}``.
         example_inputs: for :func:`sparsify_`; None for the first batch of ``val_loader``.
         max_samples: how many samples of ``train_loader`` each scoring reads.
         max_accuracy_drop: stop, and return the round before, when the validation accuracy falls by more
@@ -197,6 +244,7 @@ def compress(
         raise TypeError(
             f"`optimizer` must be a function from parameters to an optimizer, got {type(optimizer).__name__}"
         )
+    distillation = _check_distillation_options(distillation)
     if max_accuracy_drop is not None and max_accuracy_drop < 0:
         raise ValueError(f"`max_accuracy_drop` must not be negative, got {max_accuracy_drop}")
     settings = {
@@ -217,6 +265,8 @@ def compress(
         "max_accuracy_drop": None if max_accuracy_drop is None else float(max_accuracy_drop),
         "seed": seed,
     }
+    if distillation:
+        settings["distillation"] = _describe_options(distillation)
     checkpoints = _Checkpoints(checkpoint_dir, settings)
     history = checkpoints.history()
     with keep_generators():  # loaders draw from them
@@ -270,6 +320,7 @@ def compress(
                 loss_fn=loss_fn,
                 output_transform=output_transform,
                 progress=progress,
+                **distillation,
             )
             figures = evaluate(student, val_loader, loss_fn=loss_fn, output_transform=output_transform)
             history.append(_entry(round_index, target, masks, figures, trained, time.perf_counter() - start))

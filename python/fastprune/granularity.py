@@ -205,7 +205,8 @@ class Head(Granularity):
 
     def for_layer(self, name: str, module: nn.Module, model: nn.Module) -> Granularity | None:
         """Return the granularity with the layer's number of heads, None where it is no output projection."""
-        if not isinstance(module, nn.Linear):
+        in_features = getattr(module, "in_features", None)  # of a Linear, block-sparse ones too
+        if not isinstance(in_features, int):
             return None
         num_heads = self.num_heads
         if num_heads is None:
@@ -220,9 +221,9 @@ class Head(Granularity):
             num_heads = next((count for count in counts if isinstance(count, int)), None)
             if num_heads is None:
                 return None
-        if module.in_features % num_heads:
+        if in_features % num_heads:
             raise ValueError(
-                f"`granularity` has {num_heads} heads, which do not divide the {module.in_features} inputs "
+                f"`granularity` has {num_heads} heads, which do not divide the {in_features} inputs "
                 f"of layer '{name}'"
             )
         return Head(num_heads)

@@ -44,6 +44,21 @@ def _matches(selectors: list[Selector], name: str, module: nn.Module) -> bool:
     return False
 
 
+def selects(include: Selection = None, exclude: Selection = None) -> Callable[[str, nn.Module], bool]:
+    """Return a predicate that tells whether a selection takes a module of a name; None excludes nothing.
+
+    Raises:
+        TypeError: a selector is of no known kind.
+
+    """
+    included, excluded = _selectors(include, "include"), _selectors(exclude, "exclude")
+
+    def taken(name: str, module: nn.Module) -> bool:
+        return (include is None or _matches(included, name, module)) and not _matches(excluded, name, module)
+
+    return taken
+
+
 def has_forward_hooks(module: nn.Module) -> bool:
     """Tell whether hooks may change what goes into a module or comes out of it."""
     return bool(module._forward_pre_hooks or module._forward_hooks)

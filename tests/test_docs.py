@@ -1,0 +1,49 @@
+"""The code blocks of a page of the documents are one program, which runs."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+import fastprune as fp
+
+DOCS = Path(__file__).resolve().parent.parent / "docs"
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+def run_page(name):
+    """Run the python blocks of a page one after the other; return what they defined."""
+    text = (DOCS / name).read_text()
+    blocks = list(re.finditer(r"^```python\n(.*?)^```$", text, re.MULTILINE | re.DOTALL))
+    assert blocks
+    namespace = {}
+    for block in blocks:
+        line = text[: block.start(1)].count("\n")  # so that a traceback names the line of the page
+        exec(compile("\n" * line + block.group(1), str(DOCS / name), "exec"), namespace)
+    return namespace
+
+
+def test_the_page_on_distillation_runs_and_does_what_it_says(capsys):
+    defined = run_page("distillation.md")
+    printed = capsys.readouterr().out.splitlines()
+    assert printed[1] == "[(48, 24), (48,)]"
+    assert printed[3] == "[0, 1, 2]"
+    assert printed[4] in ("49% pruned", "50% pruned")
+    assert 0 < int(re.match(r"(\d+)% of the blocks are zero", printed[5]).group(1)) < 100
+    model = defined["model"]
+    for layer in (model[0], model[2]):
+        mask = layer.parametrizations.weight[0].mask
+        assert not bool(mask.all())
+        assert bool((layer.weight[~mask] == 0).all())
+    assert float(model[2].weight.detach().norm(dim=1).max()) <= 3.0001
+    assert all(not hook for hook in (model[3]._forward_hooks, defined["teacher"][3]._forward_hooks))
+
+
+def test_every_function_that_the_page_names_exists():
+    text = (DOCS / "distillation.md").read_text()
+    names = set(re.findall(r"\bfp\.(\w+)", text))
+    assert len(names) > 15
+    assert names <= set(fp.__all__)
