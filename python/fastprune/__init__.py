@@ -10,10 +10,11 @@ from .block_sparse import BlockSparseTensor
 from .compress import CompressionResult, compress
 from .distillation import distill
 from .granularity import Block, Element, Granularity, Head, InputUnit, Layer, ParameterTensor, Unit
-from .importance import Calibration, ImportanceScores, criteria, score
+from .importance import Calibration, Floor, ImportanceScores, Threshold, criteria, score
+from .latency import LatencyTable, LayerLatency
 from .masks import Budget, Masks, apply_masks_, remove_masks_
 from .metrics import Comparison, compare, evaluate
-from .modules import BlockSparseConv2d, BlockSparseLinear, explain, sparsify_
+from .modules import BlockSparseConv2d, BlockSparseLinear, explain, measure_latency, sparsify_
 from .serialization import load, save
 
 __version__ = version()
@@ -28,13 +29,17 @@ __all__ = [
     "Comparison",
     "CompressionResult",
     "Element",
+    "Floor",
     "Granularity",
     "Head",
     "ImportanceScores",
     "InputUnit",
+    "LatencyTable",
     "Layer",
+    "LayerLatency",
     "Masks",
     "ParameterTensor",
+    "Threshold",
     "Unit",
     "__version__",
     "apply_masks_",
@@ -47,6 +52,7 @@ __all__ = [
     "evaluate",
     "explain",
     "load",
+    "measure_latency",
     "ops",
     "reference",
     "remove_masks_",

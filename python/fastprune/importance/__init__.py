@@ -2,7 +2,18 @@
 
 from . import criteria
 from .calibration import Calibration, Part
+from .floors import Floor
 from .scores import ImportanceScores
 from .scoring import check_criterion, score
+from .thresholds import Threshold
 
-__all__ = ["Calibration", "ImportanceScores", "Part", "check_criterion", "criteria", "score"]
+__all__ = [
+    "Calibration",
+    "Floor",
+    "ImportanceScores",
+    "Part",
+    "Threshold",
+    "check_criterion",
+    "criteria",
+    "score",
+]
