@@ -35,7 +35,7 @@ ORDER = (
     "modules.base", "modules.own_forward", "modules.linear", "modules.conv", "modules.swapping",
     "modules.examples", "modules.formats", "modules.choice", "modules.fold", "modules.convert",
     "modules.latency", "modules",
-    "metrics", "distillation", "saved_structure", "serialization",
+    "metrics", "block_choice", "distillation", "saved_structure", "serialization",
     "compress", "demo", "cli",
     "", "__main__",
 )  # fmt: skip

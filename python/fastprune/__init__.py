@@ -6,6 +6,7 @@ in blocks, recover by distillation, and swap in block-sparse layers whose sparsi
 
 from . import ops, reference
 from ._library import build_info, cpu_isa, set_cpu_isa, supported_cpu_isas, version
+from .block_choice import AutoBlock
 from .block_sparse import BlockSparseTensor
 from .compress import CompressionResult, compress
 from .distillation import distill
@@ -20,6 +21,7 @@ from .serialization import load, save
 __version__ = version()
 
 __all__ = [
+    "AutoBlock",
     "Block",
     "BlockSparseConv2d",
     "BlockSparseLinear",

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from numbers import Real
 from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike
+from torch import Tensor
 
 from .granularity import Granularity
 from .timing import WORTHWHILE
@@ -126,6 +127,24 @@ class LatencyTable(Mapping[str, LayerLatency]):
 
     def __len__(self) -> int:
         return len(self._layers)
+
+    def seconds(self, masks: Mapping[str, Tensor]) -> float:
+        """Return what the layers of some masks take together, as the table says: a sum, and no measurement.
+
+        Example:
+            >>> costs.seconds(masks) / costs.dense_seconds(masks)
+            0.497
+
+        Raises:
+            KeyError: the table lacks a layer.
+
+        """
+        shares = {name: int(mask.sum()) / max(mask.numel(), 1) for name, mask in masks.items()}
+        return float(sum(self[name].seconds(share) for name, share in shares.items()))
+
+    def dense_seconds(self, layers: Iterable[str]) -> float:
+        """Return what layers take together while they are dense."""
+        return float(sum(self[name].dense_seconds for name in layers))
 
     def to_dict(self) -> dict[str, dict[str, Any]]:
         """Return plain numbers, as JSON takes them.

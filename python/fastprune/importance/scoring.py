@@ -28,6 +28,7 @@ from ..files import state_digest
 from ..granularity import (
     Block,
     Granularity,
+    GranularityRule,
     Layer,
     ParameterTensor,
     Unit,
@@ -62,7 +63,7 @@ def score(
     loader: Iterable[Any] | None,
     *,
     criterion: str | UserCriterion = "loss_delta",
-    granularity: Granularity = Block(16, 16),  # noqa: B008  frozen
+    granularity: Granularity | GranularityRule | str = Block(16, 16),  # noqa: B008  frozen
     include: Selection = None,
     exclude: Selection = None,
     loss_fn: LossFunction | None = None,
@@ -90,7 +91,8 @@ def score(
             "gradient_change", "taylor", "fisher", "activation", "wanda", "random"), such an object with
             options, or any callable from a :class:`Calibration` to a dict of scores.
         granularity: ``fp.Block(rows, cols)``, ``fp.Unit()``, ``fp.InputUnit()``, ``fp.Head()``,
-            ``fp.Element()``, ``fp.Layer()`` or ``fp.ParameterTensor()``.
+            ``fp.Element()``, ``fp.Layer()`` or ``fp.ParameterTensor()``; "auto" chooses the blocks by
+            measured latency and loss, as :class:`AutoBlock` does, which has options.
         include: layers to score: module types, name globs, predicates; None for all. Modules of any kind
             with ``fp.Layer()``, parameters with ``fp.ParameterTensor()``.
         exclude: layers to leave out, in the same forms.
@@ -111,7 +113,23 @@ def score(
 
     """
     chosen = _chosen(criterion)
-    check_granularity(granularity)
+    if isinstance(granularity, str) and granularity in GranularityRule.named:
+        granularity = GranularityRule.named[granularity]()
+    if isinstance(granularity, GranularityRule):
+        options: dict[str, Any] = {
+            "criterion": criterion,
+            "include": include,
+            "exclude": exclude,
+            "loss_fn": loss_fn,
+            "output_transform": output_transform,
+            "max_samples": max_samples,
+            "memory_budget": memory_budget,
+            "progress": progress,
+        }
+        return granularity.choose(
+            lambda each: score(model, loader, granularity=each, **options), model, loader, options
+        )
+    granularity = check_granularity(granularity)
     layers, granularities = select_scored(model, granularity, include, exclude)
     if isinstance(chosen, Criterion):
         chosen.check_granularity(granularity)

@@ -180,7 +180,7 @@ def keep_within_latency(pieces: Pieces, budget: Budget) -> tuple[dict[str, Tenso
         name: Curve.of(scores, pieces.protected[name], [costs[layer] for layer in pieces.members[name]])
         for name, scores in pieces.scores.items()
     }
-    dense = sum(costs[name].dense_seconds for names in pieces.members.values() for name in names)
+    dense = costs.dense_seconds(name for names in pieces.members.values() for name in names)
     taken, remaining = allocate(curves, budget.fraction * dense)
     keep = {}
     for name, scores in pieces.scores.items():
