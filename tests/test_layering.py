@@ -25,7 +25,7 @@ ORDER = (
     "importance.replacement", "importance.calibration", "importance.criterion", "importance.weight_criteria",
     "importance.sample_gradients", "importance.gradient_criteria", "importance.activation_criteria",
     "importance.criteria",
-    "importance.thresholds", "importance.floors", "importance.scopes", "importance.knapsack",
+    "importance.thresholds", "importance.scopes", "importance.floors", "importance.knapsack",
     "importance.selection",
     "importance.ranking", "importance.plotting", "importance.scores_file", "importance.scores",
     "importance.packed_layers", "importance.piece_changes", "importance.fused", "importance.masked_forwards",
@@ -35,7 +35,8 @@ ORDER = (
     "modules.base", "modules.own_forward", "modules.linear", "modules.conv", "modules.swapping",
     "modules.examples", "modules.formats", "modules.choice", "modules.fold", "modules.convert",
     "modules.latency", "modules",
-    "metrics", "block_choice", "distillation", "saved_structure", "serialization",
+    "metrics", "block_choice", "schedules", "regrowth", "resets", "pruning", "pruner",
+    "distillation", "saved_structure", "serialization",
     "compress", "demo", "cli",
     "", "__main__",
 )  # fmt: skip

@@ -16,6 +16,17 @@ from .latency import LatencyTable, LayerLatency
 from .masks import Budget, Masks, apply_masks_, remove_masks_
 from .metrics import Comparison, compare, evaluate
 from .modules import BlockSparseConv2d, BlockSparseLinear, explain, measure_latency, sparsify_
+from .pruner import Pruner
+from .pruning import prune_
+from .regrowth import RigL
+from .resets import reset_pieces_
+from .schedules import (
+    CubicSchedule,
+    ExponentialSchedule,
+    LinearSchedule,
+    OneShotSchedule,
+    Schedule,
+)
 from .serialization import load, save
 
 __version__ = version()
@@ -30,7 +41,9 @@ __all__ = [
     "Calibration",
     "Comparison",
     "CompressionResult",
+    "CubicSchedule",
     "Element",
+    "ExponentialSchedule",
     "Floor",
     "Granularity",
     "Head",
@@ -39,8 +52,13 @@ __all__ = [
     "LatencyTable",
     "Layer",
     "LayerLatency",
+    "LinearSchedule",
     "Masks",
+    "OneShotSchedule",
     "ParameterTensor",
+    "Pruner",
+    "RigL",
+    "Schedule",
     "Threshold",
     "Unit",
     "__version__",
@@ -56,8 +74,10 @@ __all__ = [
     "load",
     "measure_latency",
     "ops",
+    "prune_",
     "reference",
     "remove_masks_",
+    "reset_pieces_",
     "save",
     "score",
     "set_cpu_isa",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from collections.abc import Iterator, Mapping
 from numbers import Real
@@ -188,8 +189,14 @@ def set_piece_mask(module: nn.Module, parameter: str, mask: Tensor) -> None:
     module.train(training)
 
 
-def _targets(model: nn.Module, masks: Masks) -> list[tuple[nn.Module, str, Tensor]]:
-    """Every (module, parameter, mask) that the masks touch, after checking that they fit the model."""
+def mask_targets(model: nn.Module, masks: Masks) -> list[tuple[nn.Module, str, Tensor]]:
+    """Return every (module, parameter, mask) that the masks touch, after checking that they fit the model.
+
+    Raises:
+        TypeError: ``masks`` are no Masks.
+        ValueError: the masks are of another model.
+
+    """
     check_model(model)
     if not isinstance(masks, Masks):
         raise TypeError(f"`masks` must be fastprune Masks, got {type(masks).__name__}")
@@ -255,7 +262,7 @@ def apply_masks_(model: nn.Module, masks: Masks) -> nn.Module:
         ValueError: the masks are of another model; the model is left as it was.
 
     """
-    for module, parameter, mask in _targets(model, masks):
+    for module, parameter, mask in mask_targets(model, masks):
         set_piece_mask(module, parameter, mask)
     return model
 
@@ -270,6 +277,37 @@ def remove_masks_(model: nn.Module) -> nn.Module:
                 _own_class(module)
                 parametrize.remove_parametrizations(module, parameter, leave_parametrized=True)
     return model
+
+
+@contextlib.contextmanager
+def masks_back_on_error(model: nn.Module) -> Iterator[None]:
+    """Give a model the masks that it has back if the block raises, and leave no trace of others."""
+    before = {(module, parameter): mask.clone() for module, parameter, mask in _piece_masks(model)}
+    forms = {module: (type(module), list(module._parameters)) for module in model.modules()}
+    try:
+        yield
+    except BaseException:
+        for module, parameter, mask in _piece_masks(model):
+            if (module, parameter) in before:
+                mask.copy_(before[module, parameter])
+                continue
+            _own_class(module)
+            parametrize.remove_parametrizations(module, parameter, leave_parametrized=False)
+        for module, (kind, names) in forms.items():
+            module.__class__ = kind
+            for name in names:  # in the order in which optimisers number them
+                module._parameters[name] = module._parameters.pop(name)
+        raise
+
+
+def _piece_masks(model: nn.Module) -> list[tuple[nn.Module, str, Tensor]]:
+    return [
+        (module, parameter, mask)
+        for module in model.modules()
+        if parametrize.is_parametrized(module)
+        for parameter in module.parametrizations  # type: ignore[union-attr]
+        if (mask := piece_mask_of(module, parameter)) is not None
+    ]
 
 
 def check_sparsity(sparsity: float, name: str = "sparsity") -> float:

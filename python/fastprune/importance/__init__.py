@@ -2,9 +2,9 @@
 
 from . import criteria
 from .calibration import Calibration, Part
-from .floors import Floor
+from .floors import Floor, floors_by_layer
 from .scores import ImportanceScores
-from .scoring import check_criterion, score
+from .scoring import check_criterion, needs_data, score
 from .thresholds import Threshold
 
 __all__ = [
@@ -15,5 +15,7 @@ __all__ = [
     "Threshold",
     "check_criterion",
     "criteria",
+    "floors_by_layer",
+    "needs_data",
     "score",
 ]

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from numbers import Real
 
 import torch
 from torch import Tensor
 
 from ..granularity import Block, Granularity, Head, InputUnit, Unit, check_count
+from .scopes import by_glob
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,6 +79,25 @@ class Floor:
             sizes = granularity.sizes(weight_shape)
             keep |= highest(scores, sizes, (1.0 - self.max_sparsity) * float(sizes.sum()))
         return keep
+
+
+def floors_by_layer(floor: Floor | Mapping[str, Floor] | None, names: list[str]) -> dict[str, Floor]:
+    """Return the floor of each layer that has one.
+
+    Raises:
+        TypeError: ``floor`` is no :class:`Floor` and no dict of them.
+        ValueError: one of its globs matches no layer.
+
+    """
+    if floor is None:
+        return {}
+    floors = floor if isinstance(floor, Mapping) else {"*": floor}
+    for entry in floors.values():
+        if not isinstance(entry, Floor):
+            raise TypeError(
+                f"`floor` must be an fp.Floor, or a dict from name globs to them, got {type(entry).__name__}"
+            )
+    return by_glob(floors, names, "floor")
 
 
 def highest(scores: Tensor, counts: Tensor, least: float) -> Tensor:

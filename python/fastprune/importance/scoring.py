@@ -58,6 +58,12 @@ def check_criterion(criterion: str) -> None:
         raise ValueError(f"`criterion` must be one of {', '.join(names)}, got {criterion!r}")
 
 
+def needs_data(criterion: str | UserCriterion) -> bool:
+    """Tell whether a criterion reads the loader, or raise ValueError for one that does not exist."""
+    chosen = _chosen(criterion)
+    return chosen is None or (isinstance(chosen, Criterion) and chosen.needs_data)
+
+
 def score(
     model: nn.Module,
     loader: Iterable[Any] | None,
@@ -137,8 +143,7 @@ def score(
         memory_budget = default_memory_budget(model_device(model))
     check_count(memory_budget, "memory_budget")
     loss = Loss(loss_fn)
-    needs_data = chosen is None or (isinstance(chosen, Criterion) and chosen.needs_data)
-    if loader is None and needs_data:
+    if loader is None and needs_data(criterion):
         raise TypeError(f"`loader` must be an iterable of batches for criterion '{criterion}', got None")
     couples = isinstance(granularity, Unit) and granularity.coupled
     with keep_generators(), EvalMode(model):

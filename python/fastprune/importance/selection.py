@@ -11,9 +11,9 @@ from torch import Tensor
 
 from ..granularity import Granularity
 from ..masks import Budget
-from .floors import Floor
+from .floors import Floor, floors_by_layer
 from .knapsack import Curve, allocate
-from .scopes import Group, by_glob
+from .scopes import Group
 from .thresholds import Threshold
 
 
@@ -52,7 +52,7 @@ class Pieces(NamedTuple):
             name: torch.where(pruned[name], -torch.inf, layer) if name in pruned else layer
             for name, layer in scores.items()
         }
-        floors = _floors(floor, list(scores))
+        floors = floors_by_layer(floor, list(scores))
         members: dict[str, tuple[str, ...]] = {name: (name,) for name in scores}
         for first, *others in coupled:
             # One piece for all of them, which is pruned already where it is in each.
@@ -85,18 +85,6 @@ class Pieces(NamedTuple):
             for first, names in self.members.items()
             for name in names
         }
-
-
-def _floors(floor: Floor | Mapping[str, Floor] | None, names: list[str]) -> dict[str, Floor]:
-    if floor is None:
-        return {}
-    floors = floor if isinstance(floor, Mapping) else {"*": floor}
-    for entry in floors.values():
-        if not isinstance(entry, Floor):
-            raise TypeError(
-                f"`floor` must be an fp.Floor, or a dict from name globs to them, got {type(entry).__name__}"
-            )
-    return by_glob(floors, names, "floor")
 
 
 def lowest_within(scores: Tensor, costs: Tensor, allowance: float, protected: Tensor | None = None) -> Tensor:
