@@ -319,7 +319,8 @@ def test_only_a_floor_that_stands_in_the_way_warns():
 def test_a_floor_of_one_coupled_layer_holds_for_all():
     torch.manual_seed(1)
     scores = fp.score(TiedNet(), images(), granularity=fp.Unit(coupled=True), progress=False)
-    masks = scores.select(threshold=1e9, floor={TIED[0][-1]: fp.Floor(units=2)})
+    floors = {TIED[0][0]: fp.Floor(units=1), TIED[0][-1]: fp.Floor(units=2)}
+    masks = scores.select(threshold=1e9, floor=floors)
     for name, mask in masks.items():
         assert int(mask.sum()) == (2 if name in TIED[0] else 0), name
     assert len({tuple(masks[name].tolist()) for name in TIED[0]}) == 1
