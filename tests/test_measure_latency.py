@@ -114,6 +114,33 @@ def test_the_model_is_left_as_it_was_also_on_an_error(timed, monkeypatch):
     snapshot.assert_unchanged()
 
 
+def test_sparse_convolutions_run_from_no_block_to_all(monkeypatch):
+    calls = []
+
+    def fake(functions, **options):
+        calls.append([function()[0] for function in functions])
+        return [2.0, 1.0, 4.0, 3.0]
+
+    monkeypatch.setattr(choice, "interleaved_medians", fake)
+    model = SmallConvNet()
+    costs = fp.measure_latency(
+        model,
+        example_inputs=torch.randn(2, 3, 7, 5),
+        granularity=fp.Block(2, 2),
+        densities=(0.0, 1.0),
+        include="conv?",
+    )
+    assert list(costs) == ["conv1", "conv2"]
+    for (nothing, everything), bias in zip((calls[:2], calls[2:]), (None, model.conv2.bias), strict=True):
+        for dense, sparse in (everything[:2], everything[2:]):
+            torch.testing.assert_close(sparse, dense)
+        for sparse in nothing[1::2]:
+            expected = torch.zeros_like(sparse) if bias is None else bias.view(-1, 1, 1).expand_as(sparse)
+            torch.testing.assert_close(sparse, expected)
+    assert costs["conv1"].dense_seconds == 2.0
+    assert costs["conv1"].sparse_seconds == (1.0, 1.0)
+
+
 def test_real_times_are_taken_and_serve_a_budget(monkeypatch):
     calls = []
 

@@ -152,21 +152,24 @@ class Pruner:
             self.masks = scores.select(sparsity={})
             self._put_masks(self.masks)
             if schedule.is_update(0):
-                self._prune(schedule.at(0))
+                self._prune(0)
         self._watch_gradients()
 
     def step(self) -> None:
-        """Count one step of the optimiser, and prune or regrow where one is due.
+        """Count one step of the optimiser, and prune or regrow where that is due.
+
+        A step that an error ends is not counted, and can be called again.
 
         Raises:
             RuntimeError: pieces are to regrow, and no backward pass has reached their layers.
 
         """
-        self.steps += 1
-        if self.schedule.is_update(self.steps):
-            self._prune(self.schedule.at(self.steps))
-        if self.regrowth is not None and self.regrowth.is_update(self.steps):
-            self._regrow(self.regrowth.share(self.steps))
+        step = self.steps + 1
+        if self.schedule.is_update(step):
+            self._prune(step)
+        if self.regrowth is not None and self.regrowth.is_update(step):
+            self._regrow(self.regrowth.share(step))
+        self.steps = step
         self._watch_gradients()
 
     def sparsity(self) -> float:
@@ -221,7 +224,8 @@ class Pruner:
         if self.removed == "zero":
             apply_masks_(self.model, masks)
 
-    def _prune(self, sparsity: float) -> None:
+    def _prune(self, step: int) -> None:
+        sparsity = self.schedule.at(step)
         if sparsity == 0.0:
             return
         scores = self._score(criterion=self._criterion)
@@ -235,7 +239,7 @@ class Pruner:
                 going,
                 values=self.removed,
                 optimizer=self.optimizer,
-                seed=self.seed * 1_000_003 + self.steps,
+                seed=self.seed * 1_000_003 + step,
             )
         self._put_masks(masks)
         self.masks = masks

@@ -72,6 +72,7 @@ def reset_pieces_(
     generator = torch.Generator().manual_seed(seed)
     for module, parameter, keep in mask_targets(model, masks):
         tensor = trained_tensor(module, parameter)
+        keep = keep.to(tensor.device)
         if values == "zero":
             new = torch.zeros_like(tensor)
         elif values == "random":
