@@ -35,7 +35,7 @@ class RigL:
         ValueError: an argument is out of range.
 
     Source: Evci et al. 2020, "Rigging the lottery: making all tickets winners", section 3 and algorithm 1;
-    defaults as in its section 4.1 (fraction 0.3, updates every 100 steps). There pieces are single weights;
+    defaults as in its section 4 (fraction 0.3, updates every 100 steps). There pieces are single weights;
     for larger ones norms take the place of absolute values.
 
     """

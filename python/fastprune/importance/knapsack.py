@@ -85,8 +85,8 @@ def allocate(curves: Mapping[str, Curve], allowed_seconds: float) -> tuple[dict[
     step. Scores below 0 are taken for the seconds they save, and no further. Layers are counted as
     independent: scores add up, and so do seconds.
 
-    Source: Sinha & Zoltners 1979, "The multiple-choice knapsack problem", section 2 (dominance and the
-    relaxation); Kellerer, Pferschy & Pisinger 2004, "Knapsack problems", section 11.2 (greedy over hulls).
+    Source: Sinha & Zoltners 1979, "The multiple-choice knapsack problem" (dominance and the relaxation);
+    Kellerer, Pferschy & Pisinger 2004, "Knapsack problems", section 11.2 (the greedy over hulls).
 
     Args:
         curves: layer name to its curve.

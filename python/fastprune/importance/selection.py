@@ -175,7 +175,7 @@ def keep_within_latency(pieces: Pieces, budget: Budget) -> tuple[dict[str, Tenso
         mask = torch.ones(scores.numel(), dtype=torch.bool)
         mask[curves[name].order[: taken[name]]] = False
         keep[name] = mask.view(scores.shape)
-    missed = remaining > budget.fraction * dense * (1 + 1e-9)
+    missed = remaining > budget.fraction * dense * (1 + 1e-6)
     return keep, remaining / dense if missed else None
 
 
