@@ -190,6 +190,52 @@ def test_a_layer_that_gains_only_below_a_density_is_taken_that_far_or_not_at_all
     assert int(masks["slope"].sum()) == 3
 
 
+def test_a_layer_that_saves_more_and_more_is_weighed_as_a_whole():
+    # The first of four pieces saves 0.5 s, all of them 10 s: 2 a second at first, 0.4 altogether.
+    late = fp.LayerLatency(10.0, (0.0, 0.25, 0.5, 0.75, 1.0), (0.0, 4.0, 8.0, 9.5, 10.0))
+    costs = fp.LatencyTable({"steady": linear(10.0), "late": late})
+    layers = {"steady": ([1.2] * 4, (4, 10)), "late": ([1.0] * 4, (4, 10))}  # 0.48 a second, all along
+    masks = make_scores(layers, fp.Unit()).select(budget=fp.Budget(latency=0.5, costs=costs))
+    assert masks["steady"].all()
+    assert not masks["late"].any()
+    # Where less is asked for, no more goes than it takes.
+    masks = make_scores(layers, fp.Unit()).select(budget=fp.Budget(latency=0.9, costs=costs))
+    assert masks["steady"].all()
+    assert masks["late"].tolist() == [False, False, True, True]
+
+
+@hypothesis.given(layers_with(st.integers(-3, 9)), st.integers(0, 99))
+def test_steps_are_the_corners_of_the_hull_of_what_saves_time(layers, seed):
+    for curve in Case(layers, 1.0, seed).curves.values():
+        saved = curve.seconds[curve.already] - curve.seconds
+        points = [
+            count
+            for count in range(curve.already, len(saved))
+            if all(saved[count] > saved[other] for other in range(curve.already, count))
+        ]
+        steps = curve.steps()
+        assert set(steps) <= set(points)
+        assert steps[0] == points[0]
+        assert steps[-1] == points[-1]
+        for first, middle, last in itertools.combinations(points, 3):
+            share = (saved[middle] - saved[first]) / (saved[last] - saved[first])
+            line = curve.losses[first] + share * (curve.losses[last] - curve.losses[first])
+            if curve.losses[middle] > line + 1e-9:
+                assert middle not in steps
+        for middle in set(points) - set(steps):
+            assert any(
+                curve.losses[middle]
+                >= curve.losses[first]
+                + (saved[middle] - saved[first])
+                / (saved[last] - saved[first])
+                * (curve.losses[last] - curve.losses[first])
+                - 1e-9
+                for first in points
+                for last in points
+                if first < middle < last
+            )
+
+
 def test_a_budget_that_cannot_be_met_takes_what_helps_and_says_so():
     costs = fp.LatencyTable({"a": linear(1.0), "b": fp.LayerLatency(3.0)})
     scores = make_scores({name: ([1.0, 2.0], (2, 10)) for name in "ab"}, fp.Unit())
