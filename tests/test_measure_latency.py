@@ -114,6 +114,14 @@ def test_the_model_is_left_as_it_was_also_on_an_error(timed, monkeypatch):
     snapshot.assert_unchanged()
 
 
+def test_layers_get_the_inputs_of_inference(timed):
+    model = nn.Sequential(nn.Linear(17, 33), nn.Dropout(0.9), nn.Linear(33, 5)).train()
+    x = torch.randn(6, 17)
+    fp.measure_latency(model, example_inputs=x, granularity=fp.Block(4, 4), include="2")
+    assert all(torch.equal(inputs[0], model[0](x)) for _, _, inputs in timed)
+    assert timed
+
+
 def test_sparse_convolutions_run_from_no_block_to_all(monkeypatch):
     calls = []
 
