@@ -234,13 +234,8 @@ class Pruner:
         masks = self._select(scores, sparsity)
         if self.removed != "zero":
             going = self._masks({name: mask | ~self.masks[name] for name, mask in masks.items()})
-            reset_pieces_(
-                self.model,
-                going,
-                values=self.removed,
-                optimizer=self.optimizer,
-                seed=self.seed * 1_000_003 + step,
-            )
+            # No piece goes twice, so one draw of random weights serves all steps.
+            reset_pieces_(self.model, going, values=self.removed, optimizer=self.optimizer, seed=self.seed)
         self._put_masks(masks)
         self.masks = masks
 

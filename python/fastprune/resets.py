@@ -78,10 +78,7 @@ def reset_pieces_(
         elif values == "random":
             new = _fresh(module, parameter, tensor, generator)
         else:
-            name = names[id(module)]
-            # A batch norm has no pieces of its own: its channels are those of the units before it.
-            owner = next((layer for layer, norm in masks.norms.items() if norm == name), name)
-            new = _neighbours_mean(tensor, keep, masks.granularity_of(owner))
+            new = _neighbours_mean(tensor, keep, masks.granularity_of(names[id(module)]))
         overwrite(tensor, ~keep, new, optimizer)
     return model
 
