@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import fastprune as fp
-from fastprune.modules import choice, clear_layer_seconds, formats
+from fastprune.modules import choice, clear_layer_seconds, formats, latency
 
 # The tests of the CUDA kernels need no hypothesis, nor has every machine with a GPU.
 with contextlib.suppress(ModuleNotFoundError):
@@ -50,10 +50,10 @@ def one_thread():
 
 @pytest.fixture
 def fake_medians(monkeypatch):
-    """Puts a function in the place of `interleaved_medians` wherever sparsify_ measures."""
+    """Puts a function in the place of `interleaved_medians` wherever layers and models are measured."""
 
     def put(fake):
-        for module in (choice, formats):
+        for module in (choice, formats, latency):
             monkeypatch.setattr(module, "interleaved_medians", fake)
 
     return put

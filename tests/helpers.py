@@ -30,6 +30,22 @@ def masked_mlp(sparsity=0.5, block=(4, 4), sizes=(17, 33, 10)):
     return fp.apply_masks_(model, scores.select(sparsity=sparsity, scope="layer")), torch.randn(6, sizes[0])
 
 
+def make_scores(layers, granularity, *, pruned=None, weight_uses=None, element_size=4):
+    """Scores from plain tensors; each layer is (scores, weight shape)."""
+    return fp.ImportanceScores(
+        {name: torch.as_tensor(scores, dtype=torch.float64) for name, (scores, _) in layers.items()},
+        granularity=granularity,
+        criterion="test",
+        weight_shapes={name: torch.Size(shape) for name, (_, shape) in layers.items()},
+        pruned=pruned or {},
+        norms={},
+        weight_uses=weight_uses,
+        element_sizes=dict.fromkeys(layers, element_size),
+        loss=None,
+        num_samples=0,
+    )
+
+
 class Snapshot:
     """Everything of a model that a call must leave alone."""
 

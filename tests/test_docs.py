@@ -11,15 +11,18 @@ import fastprune as fp
 
 DOCS = Path(__file__).resolve().parent.parent / "docs"
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = [
+    pytest.mark.usefixtures("one_thread", "sparse_is_faster"),
+    pytest.mark.filterwarnings("ignore:fastprune"),
+]
 
 
 def run_page(name):
     """Run the python blocks of a page one after the other; return what they defined."""
     text = (DOCS / name).read_text()
     blocks = list(re.finditer(r"^```python\n(.*?)^```$", text, re.MULTILINE | re.DOTALL))
-    assert blocks
-    namespace = {}
+    assert len(blocks) == text.count("```python") > 0
+    namespace = {"__name__": name}
     for block in blocks:
         line = text[: block.start(1)].count("\n")  # so that a traceback names the line of the page
         exec(compile("\n" * line + block.group(1), str(DOCS / name), "exec"), namespace)
@@ -47,3 +50,8 @@ def test_every_function_that_the_page_names_exists():
     names = set(re.findall(r"\bfp\.(\w+)", text))
     assert len(names) > 15
     assert names <= set(fp.__all__)
+
+
+def test_the_page_on_pruning_runs(capsys):
+    run_page("pruning.md")
+    assert "chosen" in capsys.readouterr().out

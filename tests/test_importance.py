@@ -9,26 +9,10 @@ import torch
 from torch import nn
 
 import fastprune as fp
-from helpers import classification_batches, masked_mlp, mlp, pieces_of
+from helpers import classification_batches, make_scores, masked_mlp, mlp, pieces_of
 from networks import SmallConvNet, spoil_norm
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-
-
-def make_scores(layers, granularity, *, pruned=None, weight_uses=None, element_size=4):
-    """Scores from plain tensors; each layer is (scores, weight shape)."""
-    return fp.ImportanceScores(
-        {name: torch.as_tensor(scores, dtype=torch.float64) for name, (scores, _) in layers.items()},
-        granularity=granularity,
-        criterion="test",
-        weight_shapes={name: torch.Size(shape) for name, (_, shape) in layers.items()},
-        pruned=pruned or {},
-        norms={},
-        weight_uses=weight_uses,
-        element_sizes=dict.fromkeys(layers, element_size),
-        loss=None,
-        num_samples=0,
-    )
 
 
 @pytest.mark.parametrize("granularity", [fp.Block(4, 3), fp.Unit(), fp.Element()])

@@ -11,7 +11,8 @@ from torch import nn
 from torch.nn.utils import parametrize, prune
 
 import fastprune as fp
-from fastprune.masks import check_sparsity, lowest_within, piece_mask_of
+from fastprune.importance.selection import lowest_within
+from fastprune.masks import check_sparsity, piece_mask_of
 from helpers import Snapshot, masked_mlp, mlp
 
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -6,6 +6,7 @@ in blocks, recover by distillation, and swap in block-sparse layers whose sparsi
 
 from . import ops, reference
 from ._library import build_info, cpu_isa, set_cpu_isa, supported_cpu_isas, version
+from .block_choice import AutoBlock
 from .block_sparse import BlockSparseTensor
 from .capture import capture_outputs
 from .compress import CompressionResult, compress
@@ -13,16 +14,29 @@ from .distillation import distill
 from .distillation_losses import FeatureLoss, distillation_loss, logit_mse_loss
 from .gradients import GradientAccumulator, GradientThreshold, zero_small_gradients_
 from .granularity import Block, Element, Granularity, Head, InputUnit, Layer, ParameterTensor, Unit
-from .importance import Calibration, ImportanceScores, criteria, score
+from .importance import Calibration, Floor, ImportanceScores, Threshold, criteria, score
+from .latency import LatencyTable, LayerLatency
 from .masks import Budget, Masks, apply_masks_, remove_masks_
 from .metrics import Comparison, compare, evaluate
-from .modules import BlockSparseConv2d, BlockSparseLinear, explain, sparsify_
+from .modules import BlockSparseConv2d, BlockSparseLinear, explain, measure_latency, sparsify_
+from .pruner import Pruner
+from .pruning import prune_
+from .regrowth import RigL
 from .regularization import clamp_weights_, group_lasso_penalty, l1_penalty, max_norm_, soft_threshold_
+from .resets import reset_pieces_
+from .schedules import (
+    CubicSchedule,
+    ExponentialSchedule,
+    LinearSchedule,
+    OneShotSchedule,
+    Schedule,
+)
 from .serialization import load, save
 
 __version__ = version()
 
 __all__ = [
+    "AutoBlock",
     "Block",
     "BlockSparseConv2d",
     "BlockSparseLinear",
@@ -31,17 +45,28 @@ __all__ = [
     "Calibration",
     "Comparison",
     "CompressionResult",
+    "CubicSchedule",
     "Element",
+    "ExponentialSchedule",
     "FeatureLoss",
+    "Floor",
     "GradientAccumulator",
     "GradientThreshold",
     "Granularity",
     "Head",
     "ImportanceScores",
     "InputUnit",
+    "LatencyTable",
     "Layer",
+    "LayerLatency",
+    "LinearSchedule",
     "Masks",
+    "OneShotSchedule",
     "ParameterTensor",
+    "Pruner",
+    "RigL",
+    "Schedule",
+    "Threshold",
     "Unit",
     "__version__",
     "apply_masks_",
@@ -61,9 +86,12 @@ __all__ = [
     "load",
     "logit_mse_loss",
     "max_norm_",
+    "measure_latency",
     "ops",
+    "prune_",
     "reference",
     "remove_masks_",
+    "reset_pieces_",
     "save",
     "score",
     "set_cpu_isa",

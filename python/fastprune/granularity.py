@@ -8,10 +8,14 @@ from __future__ import annotations
 
 import abc
 import dataclasses
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, ClassVar, TypeVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+ScoresT = TypeVar("ScoresT")
 
 
 def weight_as_taps(weight: Tensor) -> Tensor:
@@ -313,6 +317,38 @@ class Block(Granularity):
         taps = pieces.view(pieces.shape[0], num_taps, -1)
         taps = taps.repeat_interleave(self.rows, 0).repeat_interleave(self.cols, 2)
         return weight_from_taps(taps[: weight_shape[0], :, : weight_shape[1]].contiguous(), weight_shape)
+
+
+class GranularityRule(abc.ABC):
+    """A way to choose the granularity for a model: what ``score`` takes in the place of one.
+
+    A subclass made with ``name=...`` goes by that name, too: ``granularity="auto"``.
+    """
+
+    named: ClassVar[dict[str, type[GranularityRule]]] = {}
+
+    def __init_subclass__(cls, *, name: str | None = None) -> None:
+        super().__init_subclass__()
+        if name is not None:
+            GranularityRule.named[name] = cls
+
+    @abc.abstractmethod
+    def choose(
+        self,
+        score: Callable[[Granularity], ScoresT],
+        model: nn.Module,
+        loader: Iterable[Any] | None,
+        options: Mapping[str, Any],
+    ) -> ScoresT:
+        """Return the scores of the granularity that suits the model best.
+
+        Args:
+            score: gives the scores of a granularity.
+            model: that is scored.
+            loader: that it is scored with.
+            options: the other keyword arguments of :func:`score`.
+
+        """
 
 
 def _sum_groups(values: Tensor, group_size: int) -> Tensor:

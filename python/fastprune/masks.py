@@ -1,9 +1,9 @@
-"""Masks: which pieces of which layers stay, how they are chosen, and how they are put on a model."""
+"""Masks: which pieces of which layers stay, the budgets they are to meet, and how they are put on a model."""
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-import math
 from collections.abc import Iterator, Mapping
 from numbers import Real
 
@@ -12,7 +12,10 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from .granularity import Granularity, Layer, ParameterTensor, check_granularity
+from .latency import LatencyTable
 from .layers import check_model
+
+_COSTS = ("flops", "params", "bytes", "latency")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -21,28 +24,48 @@ class Budget:
 
     Example:
         >>> masks = scores.select(budget=fp.Budget(flops=0.4))     # keep 40 % of the multiply-adds
+        >>> costs = fp.measure_latency(model, example_inputs=x)
+        >>> masks = scores.select(budget=fp.Budget(latency=0.5, costs=costs))      # twice as fast
+
+    Args:
+        flops: of the multiply-adds.
+        params: of the weights.
+        bytes: of the memory that the weights take.
+        latency: of the time that the dense layers take, as ``costs`` says.
+        costs: what each layer takes at each density, for ``latency``.
 
     Raises:
-        ValueError: not exactly one is given, or it is not in (0, 1].
+        TypeError: ``costs`` is no :class:`LatencyTable`.
+        ValueError: not exactly one fraction is given, it is not in (0, 1], or ``latency`` and ``costs`` do
+            not come together.
 
     """
 
     flops: float | None = None
     params: float | None = None
     bytes: float | None = None
+    latency: float | None = None
+    costs: LatencyTable | None = None
 
     def __post_init__(self) -> None:
-        given = {name: value for name, value in dataclasses.asdict(self).items() if value is not None}
+        given = {name: value for name in _COSTS if (value := getattr(self, name)) is not None}
         if len(given) != 1:
-            raise ValueError(f"Budget needs exactly one of flops, params, bytes, got {given or 'none'}")
+            raise ValueError(f"Budget needs exactly one of {', '.join(_COSTS)}, got {given or 'none'}")
         (name, value) = next(iter(given.items()))
         if isinstance(value, bool) or not isinstance(value, Real) or not 0.0 < float(value) <= 1.0:
             raise ValueError(f"Budget `{name}` must be a fraction in (0, 1], got {value!r}")
+        if self.costs is not None and not isinstance(self.costs, LatencyTable):
+            raise TypeError(f"Budget `costs` must be an fp.LatencyTable, got {type(self.costs).__name__}")
+        if (self.latency is None) != (self.costs is None):
+            raise ValueError(
+                "Budget `latency` and `costs` come together: fp.measure_latency(model, ...) gives the costs, "
+                f"got latency={self.latency} and {'no costs' if self.costs is None else 'costs'}"
+            )
 
     @property
     def cost(self) -> str:
         """The name of the cost that is given."""
-        return next(name for name, value in dataclasses.asdict(self).items() if value is not None)
+        return next(name for name in _COSTS if getattr(self, name) is not None)
 
     @property
     def fraction(self) -> float:
@@ -166,8 +189,14 @@ def set_piece_mask(module: nn.Module, parameter: str, mask: Tensor) -> None:
     module.train(training)
 
 
-def _targets(model: nn.Module, masks: Masks) -> list[tuple[nn.Module, str, Tensor]]:
-    """Every (module, parameter, mask) that the masks touch, after checking that they fit the model."""
+def mask_targets(model: nn.Module, masks: Masks) -> list[tuple[nn.Module, str, Tensor]]:
+    """Return every (module, parameter, mask) that the masks touch, after checking that they fit the model.
+
+    Raises:
+        TypeError: ``masks`` are no Masks.
+        ValueError: the masks are of another model.
+
+    """
     check_model(model)
     if not isinstance(masks, Masks):
         raise TypeError(f"`masks` must be fastprune Masks, got {type(masks).__name__}")
@@ -233,7 +262,7 @@ def apply_masks_(model: nn.Module, masks: Masks) -> nn.Module:
         ValueError: the masks are of another model; the model is left as it was.
 
     """
-    for module, parameter, mask in _targets(model, masks):
+    for module, parameter, mask in mask_targets(model, masks):
         set_piece_mask(module, parameter, mask)
     return model
 
@@ -250,6 +279,37 @@ def remove_masks_(model: nn.Module) -> nn.Module:
     return model
 
 
+@contextlib.contextmanager
+def masks_back_on_error(model: nn.Module) -> Iterator[None]:
+    """Give a model the masks that it has back if the block raises, and leave no trace of others."""
+    before = {(module, parameter): mask.clone() for module, parameter, mask in _piece_masks(model)}
+    forms = {module: (type(module), list(module._parameters)) for module in model.modules()}
+    try:
+        yield
+    except BaseException:
+        for module, parameter, mask in _piece_masks(model):
+            if (module, parameter) in before:
+                mask.copy_(before[module, parameter])
+                continue
+            _own_class(module)
+            parametrize.remove_parametrizations(module, parameter, leave_parametrized=False)
+        for module, (kind, names) in forms.items():
+            module.__class__ = kind
+            for name in names:  # in the order in which optimisers number them
+                module._parameters[name] = module._parameters.pop(name)
+        raise
+
+
+def _piece_masks(model: nn.Module) -> list[tuple[nn.Module, str, Tensor]]:
+    return [
+        (module, parameter, mask)
+        for module in model.modules()
+        if parametrize.is_parametrized(module)
+        for parameter in module.parametrizations  # type: ignore[union-attr]
+        if (mask := piece_mask_of(module, parameter)) is not None
+    ]
+
+
 def check_sparsity(sparsity: float, name: str = "sparsity") -> float:
     """Return the sparsity, or raise ValueError unless it is in [0, 1)."""
     if isinstance(sparsity, bool) or not isinstance(sparsity, Real) or not 0.0 <= float(sparsity) < 1.0:
@@ -261,55 +321,3 @@ def check_scope(scope: str) -> None:
     """Raise ValueError unless the scope is "global" or "layer"."""
     if scope not in ("global", "layer"):
         raise ValueError(f"`scope` must be 'global' or 'layer', got {scope!r}")
-
-
-def lowest_within(scores: Tensor, costs: Tensor, allowance: float) -> Tensor:
-    """Return a bool tensor, True for the lowest scores whose costs together stay within an allowance.
-
-    Ties are broken by index. Costs are taken in order of score until the next does not fit. What costs
-    nothing is not taken: it would not help.
-    """
-    order = torch.sort(scores, stable=True).indices
-    cumulative = costs[order].double().cumsum(0)
-    taken = int((cumulative <= allowance * (1 + 1e-12) + 1e-9).sum())
-    result = torch.zeros(scores.shape, dtype=torch.bool)
-    result[order[:taken]] = True
-    return result & ((costs > 0) | (scores == -torch.inf))
-
-
-def select_pieces(
-    scores: Mapping[str, Tensor],
-    costs: Mapping[str, Tensor],
-    *,
-    removable: float | None,
-    threshold: float | None,
-    scope: str,
-) -> dict[str, Tensor]:
-    """Return keep-masks that drop the lowest scores.
-
-    Args:
-        scores: layer name to scores, any shape.
-        costs: layer name to the cost of each piece, the same shape.
-        removable: share of the total cost that may go, or None.
-        threshold: scores below it go, or None.
-        scope: "global" ranks all layers together, "layer" each by itself.
-
-    """
-    if threshold is not None:
-        return {name: layer >= threshold for name, layer in scores.items()}
-    if removable is None:
-        raise ValueError("select_pieces needs `removable` or `threshold`")
-    if scope == "layer":
-        return {
-            name: ~lowest_within(
-                layer.flatten(), costs[name].flatten(), removable * float(costs[name].sum())
-            ).view(layer.shape)
-            for name, layer in scores.items()
-        }
-    flat_scores = torch.cat([layer.flatten() for layer in scores.values()])
-    flat_costs = torch.cat([costs[name].flatten() for name in scores])
-    removed = lowest_within(flat_scores, flat_costs, removable * float(flat_costs.sum()))
-    pieces = removed.split([math.prod(layer.shape) for layer in scores.values()])
-    return {
-        name: ~piece.view(layer.shape) for (name, layer), piece in zip(scores.items(), pieces, strict=True)
-    }

@@ -10,6 +10,9 @@ import torch
 
 # Fewer values make no median that a single disturbance leaves alone.
 _FEWEST_REPEATS = 5
+# What takes more than this share of another's time does not count as faster: the noise of an interleaved
+# median of 15 on a shared machine.
+WORTHWHILE = 0.97
 
 
 def interleaved_medians(

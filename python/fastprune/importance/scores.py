@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import math
 import os
 import warnings
 from collections.abc import Iterator, Mapping
-from numbers import Real
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -14,11 +12,16 @@ from torch import Tensor
 
 from ..coupling import Coupled
 from ..granularity import Granularity
-from ..masks import Budget, Masks, check_scope, check_sparsity, select_pieces
+from ..latency import LatencyTable
+from ..masks import Budget, Masks, check_scope, check_sparsity
 from .criterion import Merging, finish
+from .floors import Floor
 from .plotting import plot_scores
 from .ranking import Correlation, correlate
+from .scopes import Scope, groups_of
 from .scores_file import read_scores, write_scores
+from .selection import Pieces, keep_above, keep_shares, keep_within_latency
+from .thresholds import Threshold, check_threshold
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -118,66 +121,97 @@ class ImportanceScores(Mapping[str, Tensor]):
     def select(
         self,
         *,
-        sparsity: float | None = None,
-        threshold: float | None = None,
+        sparsity: float | Mapping[str, float] | None = None,
+        threshold: float | Threshold | None = None,
         budget: Budget | None = None,
-        scope: str = "global",
+        scope: Scope = "global",
+        floor: Floor | Mapping[str, Floor] | None = None,
     ) -> Masks:
         """Return masks that drop the lowest scores; exactly one of the first three is given.
 
-        Warns where nothing is left of a layer.
+        Warns where nothing is left of a layer, and where floors, or layers that gain nothing from sparsity,
+        keep the selection from what is asked for.
 
         Example:
             >>> masks = scores.select(sparsity=0.75, scope="global")
             >>> masks.sparsity()
             0.75
+            >>> scores.select(sparsity={"encoder.*": 0.9, "head": 0.5}, floor=fp.Floor(max_sparsity=0.98))
+            >>> scores.select(threshold=fp.Threshold(mean_minus_std=1.0), scope="layer")
 
         Args:
-            sparsity: share of the real weights to prune, in [0, 1); never exceeded.
-            threshold: scores below it are pruned.
+            sparsity: share of the real weights to prune, in [0, 1); never exceeded. A dict gives the share
+                of each layer, or of each group of layers, by name globs, of which the first that matches
+                counts; layers that none matches keep what they have.
+            threshold: scores below it are pruned; a number, or a rule that computes one
+                (:class:`Threshold`).
             budget: what may remain of a cost.
-            scope: "global" ranks all layers together, "layer" prunes the same share of each.
+            scope: "global" ranks all layers together, "layer" prunes the same share of each, a list of
+                groups (each a name glob or a list of them) the same share of each group. For a threshold
+                that is computed, it says from which scores. Layers that are coupled go by the first of them.
+            floor: what stays of each layer (:class:`Floor`), for all layers or by name globs, of which the
+                first that matches counts.
 
         Raises:
-            ValueError: not exactly one is given, or one is out of range.
+            TypeError: an argument is of the wrong kind.
+            ValueError: not exactly one is given, one is out of range, or a glob matches no layer.
 
         """
         options = {"sparsity": sparsity, "threshold": threshold, "budget": budget}
         given = [name for name, value in options.items() if value is not None]
         if len(given) != 1:
             raise ValueError(f"select needs exactly one of `sparsity`, `threshold`, `budget`, got {given}")
-        check_scope(scope)
-        removable = None
-        cost = "params"
-        if sparsity is not None:
-            removable = check_sparsity(sparsity)
-        elif budget is not None:
-            if not isinstance(budget, Budget):
-                raise TypeError(f"`budget` must be a fastprune Budget, got {type(budget).__name__}")
-            removable, cost = 1.0 - budget.fraction, budget.cost
-        elif isinstance(threshold, bool) or not isinstance(threshold, Real) or math.isnan(threshold):
-            raise ValueError(f"`threshold` must be a number, got {threshold!r}")
-        ranked = {
-            name: torch.where(self.pruned[name], -torch.inf, layer) if name in self.pruned else layer
-            for name, layer in self._scores.items()
-        }
-        costs = self._costs(cost)
-        for first, *others in self.coupled:
-            # One piece for all of them, which is pruned already where it is in each.
-            ranked[first] = torch.stack([ranked.pop(name) for name in (first, *others)]).amax(0)
-            costs[first] = costs[first] + sum(costs.pop(name) for name in others)
-        masks = select_pieces(ranked, costs, removable=removable, threshold=threshold, scope=scope)
-        for first, *others in self.coupled:
-            masks |= {name: masks[first].clone() for name in others}
+        if isinstance(scope, str):
+            check_scope(scope)
+        pieces = Pieces.of(
+            self._scores, self.pruned, self.coupled, self.granularities, self.weight_shapes, floor
+        )
+        names = list(pieces.scores)
+        notes = []
+        if threshold is not None:
+            keep = keep_above(pieces, check_threshold(threshold), groups_of(names, scope, None))
+        elif budget is not None and not isinstance(budget, Budget):
+            raise TypeError(f"`budget` must be a fastprune Budget, got {type(budget).__name__}")
+        elif budget is not None and budget.costs is not None:
+            self._check_costs(budget.costs, scope)
+            keep, remaining = keep_within_latency(pieces, budget)
+            if remaining is not None:
+                notes.append(
+                    f"a latency of {remaining:.1%} remains where {budget.fraction:.1%} was asked for: "
+                    "nothing else that may go makes a layer faster"
+                )
+        else:
+            if budget is not None:
+                removable: float | Mapping[str, float] = 1.0 - budget.fraction
+            else:
+                removable = sparsity if isinstance(sparsity, Mapping) else check_sparsity(sparsity)  # type: ignore[arg-type]
+            costs = self._costs("params" if budget is None else budget.cost)
+            keep, short = keep_shares(pieces, pieces.joined(costs), groups_of(names, scope, removable))
+            notes += [f"floors keep {', '.join(layers)} above what was asked for" for layers in short]
+        masks = pieces.spread(keep)
         masks = {name: masks[name] for name in self}
         emptied = [name for name, mask in masks.items() if mask.numel() and not bool(mask.any())]
         if emptied:
-            warnings.warn(
-                f"fastprune: nothing is left of {', '.join(emptied)}: the model no longer depends on what "
-                "goes through there; scope='layer' or less sparsity keeps every layer",
-                stacklevel=2,
+            notes.append(
+                f"nothing is left of {', '.join(emptied)}: the model no longer depends on what "
+                "goes through there; a floor, scope='layer' or less sparsity keeps every layer"
             )
+        for note in notes:
+            warnings.warn(f"fastprune: {note}", stacklevel=2)
         return Masks(masks, self.granularity, self.weight_shapes, self.norms, self.granularities)
+
+    def _check_costs(self, costs: LatencyTable, scope: Scope) -> None:
+        """Raise ValueError for a latency budget that these scores cannot meet as it is asked for."""
+        if scope != "global":
+            raise ValueError(
+                "`scope` must be 'global' for a latency budget, which is what divides it among the layers, "
+                f"got {scope!r}"
+            )
+        if costs.granularity is not None and costs.granularity != self.granularity:
+            raise ValueError(
+                f"Budget `costs` must be those of {self.granularity}, the pieces of these scores, "
+                f"got those of {costs.granularity}"
+            )
 
     def absolute(self) -> ImportanceScores:
         """Return the scores without their signs: how much a piece changes the loss, either way.

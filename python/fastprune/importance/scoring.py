@@ -28,6 +28,7 @@ from ..files import state_digest
 from ..granularity import (
     Block,
     Granularity,
+    GranularityRule,
     Layer,
     ParameterTensor,
     Unit,
@@ -57,12 +58,18 @@ def check_criterion(criterion: str) -> None:
         raise ValueError(f"`criterion` must be one of {', '.join(names)}, got {criterion!r}")
 
 
+def needs_data(criterion: str | UserCriterion) -> bool:
+    """Tell whether a criterion reads the loader, or raise ValueError for one that does not exist."""
+    chosen = _chosen(criterion)
+    return chosen is None or (isinstance(chosen, Criterion) and chosen.needs_data)
+
+
 def score(
     model: nn.Module,
     loader: Iterable[Any] | None,
     *,
     criterion: str | UserCriterion = "loss_delta",
-    granularity: Granularity = Block(16, 16),  # noqa: B008  frozen
+    granularity: Granularity | GranularityRule | str = Block(16, 16),  # noqa: B008  frozen
     include: Selection = None,
     exclude: Selection = None,
     loss_fn: LossFunction | None = None,
@@ -90,7 +97,8 @@ def score(
             "gradient_change", "taylor", "fisher", "activation", "wanda", "random"), such an object with
             options, or any callable from a :class:`Calibration` to a dict of scores.
         granularity: ``fp.Block(rows, cols)``, ``fp.Unit()``, ``fp.InputUnit()``, ``fp.Head()``,
-            ``fp.Element()``, ``fp.Layer()`` or ``fp.ParameterTensor()``.
+            ``fp.Element()``, ``fp.Layer()`` or ``fp.ParameterTensor()``; "auto" chooses the blocks by
+            measured latency and loss, as :class:`AutoBlock` does, which has options.
         include: layers to score: module types, name globs, predicates; None for all. Modules of any kind
             with ``fp.Layer()``, parameters with ``fp.ParameterTensor()``.
         exclude: layers to leave out, in the same forms.
@@ -111,7 +119,23 @@ def score(
 
     """
     chosen = _chosen(criterion)
-    check_granularity(granularity)
+    if isinstance(granularity, str) and granularity in GranularityRule.named:
+        granularity = GranularityRule.named[granularity]()
+    if isinstance(granularity, GranularityRule):
+        options: dict[str, Any] = {
+            "criterion": criterion,
+            "include": include,
+            "exclude": exclude,
+            "loss_fn": loss_fn,
+            "output_transform": output_transform,
+            "max_samples": max_samples,
+            "memory_budget": memory_budget,
+            "progress": progress,
+        }
+        return granularity.choose(
+            lambda each: score(model, loader, granularity=each, **options), model, loader, options
+        )
+    granularity = check_granularity(granularity)
     layers, granularities = select_scored(model, granularity, include, exclude)
     if isinstance(chosen, Criterion):
         chosen.check_granularity(granularity)
@@ -119,8 +143,7 @@ def score(
         memory_budget = default_memory_budget(model_device(model))
     check_count(memory_budget, "memory_budget")
     loss = Loss(loss_fn)
-    needs_data = chosen is None or (isinstance(chosen, Criterion) and chosen.needs_data)
-    if loader is None and needs_data:
+    if loader is None and needs_data(criterion):
         raise TypeError(f"`loader` must be an iterable of batches for criterion '{criterion}', got None")
     couples = isinstance(granularity, Unit) and granularity.coupled
     with keep_generators(), EvalMode(model):

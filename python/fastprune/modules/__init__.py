@@ -4,6 +4,7 @@ from .base import BlockSparseLayer
 from .choice import clear_layer_seconds, explain
 from .conv import BlockSparseConv2d
 from .convert import leave_dense_, sparsify_
+from .latency import measure_latency
 from .linear import BlockSparseLinear
 from .swapping import swap_modules
 
@@ -14,6 +15,7 @@ __all__ = [
     "clear_layer_seconds",
     "explain",
     "leave_dense_",
+    "measure_latency",
     "sparsify_",
     "swap_modules",
 ]

@@ -13,12 +13,13 @@ from ..batches import model_device
 from ..granularity import Block, check_blocksize, is_scorable
 from ..layers import check_model, has_forward_hooks, is_plain
 from ..masks import piece_mask_of, remove_masks_
+from ..timing import WORTHWHILE
 from .base import BlockSparseLayer
 from .choice import LayerChoice, layer_seconds
 from .conv import BlockSparseConv2d, cuts_groups
 from .examples import example_batches, record_inputs
 from .fold import Folding, fold_batch_norms, identity_for
-from .formats import WORTHWHILE, Form, fastest_form, format_of, use_format_
+from .formats import Form, fastest_form, format_of, use_format_
 from .linear import BlockSparseLinear
 from .own_forward import has_own_forward, only_pads
 from .swapping import copy_of, swap_modules
@@ -94,7 +95,7 @@ def sparsify_(
         choices: dict[str, LayerChoice] = {}
         replacements: dict[str, BlockSparseLayer] = {}
         for name, module in layers.items():
-            reason = _why_dense(model, name, module, inputs[name], blocksize, policy)
+            reason = why_dense(model, name, module, inputs[name], blocksize, policy)
             sparse, choices[name] = _convert(
                 module, masks[name], blocksize, reason, inputs[name], policy, device
             )
@@ -141,7 +142,7 @@ def leave_dense_(model: nn.Module, reason: str) -> nn.Module:
     return remove_masks_(model)
 
 
-def _why_dense(
+def why_dense(
     model: nn.Module,
     name: str,
     module: nn.Module,

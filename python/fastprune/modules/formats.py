@@ -13,16 +13,13 @@ from torch.nn.utils import parametrize
 
 from ..batches import Batch
 from ..masks import piece_mask_of
-from ..timing import interleaved_medians
+from ..timing import WORTHWHILE, interleaved_medians
 from .conv import BlockSparseConv2d
 from .swapping import copy_of, swap_modules
 
 # A converted model may be this much slower before the conversion is taken back: the noise of an
 # interleaved median of 15 on a shared machine.
 TOLERATED_SLOWDOWN = 1.03
-# A layer is converted, and a dense model gets another memory format, where that takes less than this
-# share of the time: the same noise again.
-WORTHWHILE = 0.97
 FORMATS = (torch.contiguous_format, torch.channels_last)
 # A large model is measured less often than 15 times, so that all candidates together take about as long.
 _SECONDS = 10.0
