@@ -37,12 +37,27 @@ PLAIN_CASES = [
 ]
 PLAIN_CASES = [
     *PLAIN_CASES,
-    # With and without the bias, for which the compiler makes two copies of the store.
+    # Tiles that end with any of a thread's samples; with and without the bias, for which the compiler makes
+    # two copies of the store.
     *(
-        replace(Case(images=1, rows=15, out_channels=30), bias=bias, activation=activation)
-        for bias, activation in itertools.product((False, True), harness.ACTIVATIONS)
+        Case(
+            in_channels=16,
+            out_channels=15,
+            rows=15,
+            images=1,
+            height=1,
+            width=positions,
+            kernel_size=(1, 1),
+            padding=(0, 0, 0, 0),
+            density=1.0,
+            bias=bias,
+            activation=activation,
+        )
+        for positions, bias, activation in itertools.product(
+            (9, 25, 41, 57), (False, True), harness.ACTIVATIONS
+        )
+        if positions == 57 or activation in ("none", "relu", "gelu")
     ),
-    *(replace(case, bias=False) for case in PLAIN_CASES[6:10]),
     *(replace(case, input_gradient=True, bias=False) for case in PLAIN_CASES),
     *(
         Case(rows=20, cols=cols, out_channels=40, in_channels=3 * cols, density=1.0, input_gradient=True)
@@ -129,6 +144,16 @@ EQUIVALENT_PLAIN = {
         "no guard",
         "for (int i = 0; i < kTileSteps * kLinearTileOutputs / kLinearThreads; ++i) {",
     ): "either order of copying is right",
+    (
+        "bound + 1",
+        "const int64_t left = output < geometry.cols ? channels - within : 0;",
+    ): "no tile begins past the last group",
+    **{
+        (kind, "if (threadIdx.x < kLinearTileSamples && sample < args.input.rows) {"): (
+            "the pixel of a sample that does not exist is never read"
+        )
+        for kind in ("bound + 1", "no guard")
+    },
 }
 # The same of input gradients, which have no activation.
 EQUIVALENT_WITHOUT_ACTIVATION = EQUIVALENT | dict.fromkeys(
