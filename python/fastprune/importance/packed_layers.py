@@ -53,7 +53,8 @@ class PackedLayers:
     def __init__(self, memory_budget: int) -> None:
         self._bytes_left = int(memory_budget * _SHARE_OF_BUDGET)
         self._winograd_bytes_left = int(memory_budget * _WINOGRAD_SHARE_OF_BUDGET)
-        self._packed: dict[int, BlockSparseTensor | Tensor | None] = {}
+        # With what they were made from, which stays alive, so that nothing else gets its id.
+        self._packed: dict[int, tuple[BlockSparseTensor | Tensor | None, object]] = {}
         self._transformed: dict[tuple[int, ...], tuple[Tensor | None, tuple[object, ...]]] = {}
 
     def speed_up(self, traced: TracedModel) -> None:
@@ -85,7 +86,6 @@ class PackedLayers:
         key = tuple(map(id, chain.sources))
         if key not in self._transformed:
             fits = chain.winograd_bytes <= self._winograd_bytes_left
-            # The sources stay alive, so that no other gets their ids.
             self._transformed[key] = (chain.transform() if fits else None, chain.sources)
             self._winograd_bytes_left -= chain.winograd_bytes if fits else 0
         winograd, _ = self._transformed[key]
@@ -94,7 +94,8 @@ class PackedLayers:
 
     def _pack(self, op: NodeOp, weight: Tensor) -> BlockSparseTensor | Tensor | None:
         # A module under a mask makes its weight anew for each call: the module stands for it.
-        key = id(weight) if op.module is None else id(op.module)
+        source: object = weight if op.module is None else op.module
+        key = id(source)
         if key not in self._packed:
             size = weight.numel() * weight.element_size()
             fewest = _FEWEST_CONVOLUTION_WEIGHTS if isinstance(op, ConvOp) else _FEWEST_WEIGHTS
@@ -103,8 +104,8 @@ class PackedLayers:
             if suits and size <= self._bytes_left:
                 packed = _packed_convolution(op, weight) if isinstance(op, ConvOp) else _blocks_of(weight)
                 self._bytes_left -= size if packed is not None else 0
-            self._packed[key] = packed
-        return self._packed[key]
+            self._packed[key] = packed, source
+        return self._packed[key][0]
 
 
 def _blocks_of(matrix: Tensor) -> BlockSparseTensor:
