@@ -91,6 +91,17 @@ def test_block_sizes_that_miss_the_latency_lose_to_those_that_do_not_and_else_th
         assert auto.granularity == BLOCKS[expected]
 
 
+def test_the_loss_is_that_of_the_samples_that_are_scored():
+    model, loader = task()
+    measure = proportional(dict.fromkeys(BLOCKS, 0.0))
+    reports = []
+    for batches, samples in ((loader, 15), (loader[:1], None), (loader, None)):
+        auto = fp.AutoBlock(candidates=BLOCKS, measure=measure)
+        fp.score(model, batches, granularity=auto, max_samples=samples, progress=False)
+        reports.append(auto.report)
+    assert reports[0] == reports[1] != reports[2]
+
+
 def test_floors_hold_for_every_candidate():
     model, loader = task()
     measure = proportional(dict.fromkeys(BLOCKS, 0.0))

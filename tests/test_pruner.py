@@ -212,6 +212,28 @@ def test_a_killed_loop_goes_on_to_the_same_bits(kind):
         assert_same_bits(Loop(**options).load(states[killed], order).run(13), whole)
 
 
+def test_the_state_of_a_pruner_alone_puts_its_masks_on():
+    loop = Loop(schedule=fp.LinearSchedule(0.5, end=4)).run(4)
+    other = Loop(schedule=fp.LinearSchedule(0.5, end=4))
+    other.pruner.load_state_dict(loop.pruner.state_dict())
+    for name in loop.pruner.masks:
+        zeros = effective(loop.model, name) == 0
+        assert zeros.any()
+        assert torch.equal(effective(other.model, name) == 0, zeros)
+
+
+def test_an_error_at_step_zero_leaves_the_model_alone():
+    def fails(calibration):
+        raise KeyboardInterrupt
+
+    for granularity in (fp.Block(4, 4), fp.Unit()):
+        model = mlp()
+        snapshot = Snapshot(model)
+        with pytest.raises(KeyboardInterrupt):
+            fp.Pruner(model, schedule=fp.OneShotSchedule(0.5), criterion=fails, granularity=granularity)
+        snapshot.assert_unchanged()
+
+
 def test_a_state_of_something_else_is_refused_and_changes_nothing():
     loop = Loop(schedule=fp.LinearSchedule(0.5, end=4)).run(3)
     state, snapshot = loop.pruner.state_dict(), Snapshot(loop.model)

@@ -82,8 +82,9 @@ def test_one_shot_is_one_selection_and_zero_leaves_all():
     same(fp.prune_(copy.deepcopy(model), loader, schedule=late, **options), expected)
 
 
+@pytest.mark.parametrize("granularity", [fp.Unit(), fp.Block(4, 4)], ids=str)
 @pytest.mark.parametrize("start", ["dense", "masked"])
-def test_an_error_in_a_later_round_gives_the_masks_back(start):
+def test_an_error_in_a_later_round_gives_the_masks_back(start, granularity):
     if start == "dense":
         model, loader = mlp(17, 33, 10), classification_batches((6,), (17,), 10)
     else:
@@ -95,7 +96,7 @@ def test_an_error_in_a_later_round_gives_the_masks_back(start):
         calls.append(0)
         return F.cross_entropy(output, targets)
 
-    options = {"schedule": fp.LinearSchedule(0.6, end=2), "granularity": fp.Unit(), "progress": False}
+    options = {"schedule": fp.LinearSchedule(0.6, end=2), "granularity": granularity, "progress": False}
     fp.prune_(copy.deepcopy(model), loader, loss_fn=count, **options)
     for calls_before in (1, len(calls) // 2, len(calls)):
         with pytest.raises(KeyboardInterrupt):
