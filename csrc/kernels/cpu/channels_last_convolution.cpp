@@ -2,8 +2,6 @@
 // them. The contract is in channels_last_convolution.h.
 #include "channels_last_convolution.h"
 
-#include <limits>
-
 #include "channels_last_tile.h"
 #include "convolution_entries.h"
 #include "list_grid.h"
@@ -186,7 +184,7 @@ void convolve_list(const BlockConvolutionArgs<T>& args, const ChannelsLastWork& 
   PixelFinish<T> finish = {};
   finish.bias = bias;
   finish.clips = activation != Activation::kNone && !curved;
-  finish.highest = activation == Activation::kRelu6 ? T{6} : std::numeric_limits<T>::infinity();
+  finish.highest = activation == Activation::kRelu6 ? T{6} : static_cast<T>(__builtin_inf());
   for (int64_t output = 0; output < outputs; output += kWidth) {
     const int64_t channel = first_channel + output;
     const int64_t count = outputs - output < kWidth ? outputs - output : kWidth;
