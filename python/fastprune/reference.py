@@ -300,8 +300,9 @@ def winograd_weight(weight: Tensor) -> Tensor:
     # A panel at a time: the whole weight in float64 would take nine times its memory.
     for panel in range(panels):
         rows = weight[panel * _WINOGRAD_PANEL : (panel + 1) * _WINOGRAD_PANEL].transpose(0, 1)
-        points = transform @ rows.double().reshape(-1, 9).T
-        result[:, panel, :, : rows.shape[1]] = points.view(36, in_channels, -1)
+        # Contiguous, so that the bits do not depend on the memory format.
+        points = transform @ rows.double().reshape(-1, 9).contiguous().T
+        result[:, panel, :, : rows.shape[1]] = points.view(36, in_channels, rows.shape[1])
     return result
 
 
