@@ -30,8 +30,9 @@ from .distillation import check_distillation, distill
 from .distillation_losses import FeatureLoss
 from .files import state_digest, write_atomically
 from .granularity import Block, Granularity, check_granularity
-from .importance import check_criterion, score
-from .layers import check_model
+from .importance import Floor, check_criterion, score
+from .importance.scopes import Scope
+from .layers import Selection, check_model
 from .learners import OptimizerFactory
 from .masks import Masks, apply_masks_, check_scope, check_sparsity, piece_mask_of
 from .metrics import evaluate
@@ -73,6 +74,17 @@ def _name_of(function: Any) -> str | None:
     if function is None:
         return None
     return getattr(function, "__qualname__", type(function).__qualname__)
+
+
+def _describe(value: Any) -> Any:
+    """Return an argument as text that a later process gives too."""
+    if value is None or isinstance(value, str):
+        return value
+    if isinstance(value, Mapping):
+        return {key: _describe(entry) for key, entry in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_describe(entry) for entry in value]
+    return _name_of(value) if callable(value) else repr(value)
 
 
 # What `distillation` may hold: no object with a state, which a resumed run would not have.
@@ -170,7 +182,10 @@ def compress(
     epochs: int = 1,
     granularity: Granularity = Block(16, 16),  # noqa: B008  frozen
     criterion: str = "loss_delta",
-    scope: str = "global",
+    include: Selection = None,
+    exclude: Selection = None,
+    scope: Scope = "global",
+    floor: Floor | Mapping[str, Floor] | None = None,
     teacher: str = "original",
     temperature: float = 2.0,
     hard_label_weight: float = 0.5,
@@ -204,7 +219,10 @@ def compress(
         epochs: distillation epochs of each round.
         granularity: what a piece is.
         criterion: see :func:`score`.
+        include: layers, see :func:`score`.
+        exclude: layers to leave out, see :func:`score`.
         scope: see :meth:`ImportanceScores.select`.
+        floor: what stays of each layer, see :meth:`ImportanceScores.select`.
         teacher: "original" (the model itself) or "previous" (the student of the round before).
         temperature: see :func:`distill`.
         hard_label_weight: see :func:`distill`.
@@ -233,7 +251,8 @@ def compress(
     check_reiterable(train_loader, "train_loader")
     check_reiterable(val_loader, "val_loader")
     check_criterion(criterion)
-    check_scope(scope)
+    if isinstance(scope, str):
+        check_scope(scope)
     check_distillation(temperature, hard_label_weight)
     for name, value in (("rounds", rounds), ("epochs", epochs)):
         if not isinstance(value, int) or value < 1:
@@ -254,7 +273,10 @@ def compress(
         "epochs": epochs,
         "granularity": repr(granularity),
         "criterion": criterion,
-        "scope": scope,
+        "include": _describe(include),
+        "exclude": _describe(exclude),
+        "scope": _describe(scope),
+        "floor": _describe(floor),
         "teacher": teacher,
         "temperature": float(temperature),
         "hard_label_weight": float(hard_label_weight),
@@ -302,12 +324,14 @@ def compress(
                 train_loader,
                 criterion=criterion,
                 granularity=granularity,
+                include=include,
+                exclude=exclude,
                 loss_fn=loss_fn,
                 output_transform=output_transform,
                 max_samples=max_samples,
                 progress=progress,
             )
-            masks = scores.select(sparsity=target, scope=scope)
+            masks = scores.select(sparsity=target, scope=scope, floor=floor)
             apply_masks_(student, masks)
             trained = distill(
                 student,
