@@ -31,3 +31,14 @@ def assert_same_bits(model, other):
     assert weights(model).keys() == expected.keys()
     for name, tensor in weights(model).items():
         assert torch.equal(tensor, expected[name]), name
+
+
+def assert_same_history(history, other):
+    """Hold everything against each other but what was timed."""
+
+    def untimed(entry):
+        return {key: value for key, value in entry.items() if not key.endswith("seconds")}
+
+    assert [untimed(entry) for entry in history] == [untimed(entry) for entry in other]
+    for entry in (*history, *other):
+        assert all(value > 0 for key, value in entry.items() if key.endswith("seconds"))
