@@ -112,6 +112,20 @@ def test_other_granularities_and_criteria_end_as_plain_zeros(granularity, criter
     assert share > 0.5
 
 
+class Columns(fp.Block):
+    """Pieces of the user's own: they have no file format."""
+
+
+def test_pieces_and_criteria_of_the_users_own_are_compressed_and_resumed(tmp_path):
+    model, train, val = task()
+
+    options = {**OPTIONS, "granularity": Columns(17, 1), "criterion": fp.criteria.Taylor(per_sample=True)}
+    first = fp.compress(model, train, val, **options, checkpoint_dir=tmp_path)
+    again = fp.compress(model, train, val, **options, checkpoint_dir=tmp_path)
+    assert_same_bits(again.model, first.model)
+    assert not list(tmp_path.glob("*_scores.safetensors"))
+
+
 def test_the_same_seed_gives_the_same_bits_and_another_gives_others():
     model, train, val = task()
     first = fp.compress(model, train, val, **OPTIONS)

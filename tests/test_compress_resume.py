@@ -54,7 +54,7 @@ def _stop_at(monkeypatch, name, call):
         ("evaluate", 3),  # the first is that of the dense model
         ("save", 1),
         ("save", 4),
-        ("write_atomically", 3),  # the models are written, the round is not committed
+        ("write_atomically", 2),  # the models are written, the round is not committed
         ("sparsify_", 1),
         ("measure_costs", 3),
     ],

@@ -6,14 +6,12 @@ import importlib
 import json
 
 import pytest
-import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
-from torch.utils.data import DataLoader, TensorDataset
 
 import fastprune as fp
-from compression import assert_same_bits, assert_same_history, task
+from compression import assert_same_bits, assert_same_history, digits, task
 from fastprune.compression_search import probes
 
 pytestmark = pytest.mark.usefixtures("one_thread", "sparse_is_faster")
@@ -137,20 +135,22 @@ def test_where_nothing_holds_the_dense_model_comes_back(monkeypatch):
     assert_same_bits(result.model, model)
 
 
-def digits():
-    """Train and validation loaders of scikit-learn's digits, and an MLP that was trained on them."""
-    data = pytest.importorskip("sklearn.datasets", reason="scikit-learn has the digits").load_digits()
-    inputs = torch.tensor(data.data, dtype=torch.float32) / 16
-    labels = torch.tensor(data.target)
-    order = torch.randperm(len(inputs), generator=torch.Generator().manual_seed(0))
-    train, val = order[:1200], order[1200:]
-    loader = DataLoader(TensorDataset(inputs[train], labels[train]), 64, shuffle=True)
-    torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(64, 128), nn.ReLU(), nn.Linear(128, 128), nn.ReLU(), nn.Linear(128, 10))
-    optimizer = torch.optim.AdamW(model.parameters(), 2e-3)
-    for _ in range(15):
-        for batch, targets in loader:
-            optimizer.zero_grad()
-            nn.functional.cross_entropy(model(batch), targets).backward()
-            optimizer.step()
-    return model, loader, [(inputs[val], labels[val])]
+def test_the_digits_end_at_a_sparsity_that_holds_next_to_one_that_does_not():
+    model, train, val = digits()
+    options = {
+        **OPTIONS,
+        "granularity": fp.Block(8, 8),
+        "criterion": "taylor",
+        "epochs": 3,
+        "tolerance": 0.05,
+    }
+    result = fp.compress(model, train, val, **options, max_accuracy_drop=0.02)
+    held = [probe["sparsity"] for probe in result.probes if probe["holds"]]
+    failed = [probe["sparsity"] for probe in result.probes if not probe["holds"]]
+    assert held, result.probes
+    assert failed, result.probes
+    assert 0 < min(failed) - max(held) <= 0.05 + 1e-4
+    assert result.history[-1]["target_sparsity"] == max(held)
+    accuracy = fp.evaluate(result.model, val)["accuracy"]
+    assert accuracy == result.history[-1]["accuracy"]
+    assert result.dense_accuracy - accuracy <= 0.02

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 from collections.abc import Mapping
@@ -112,9 +113,10 @@ class Checkpoints:
         return ImportanceScores.load(self._path(round_index, "_scores"))
 
     def save_scores(self, round_index: int, scores: ImportanceScores) -> None:
-        """Keep the scores of a round."""
+        """Keep the scores of a round; those of a granularity of the user's own have no file format."""
         if self.directory is not None:
-            scores.save(self._path(round_index, "_scores"))
+            with contextlib.suppress(ValueError):
+                scores.save(self._path(round_index, "_scores"))
 
     def commit(self, student: nn.Module, compressed: nn.Module, entry: dict[str, Any]) -> None:
         """Write a round; it counts once the JSON file names it."""

@@ -31,6 +31,7 @@ from .distillation_losses import FeatureLoss
 from .files import state_digest
 from .granularity import Block, Granularity, GranularityRule, check_granularity
 from .importance import Floor, ImportanceScores, check_criterion, score
+from .importance.criterion import UserCriterion
 from .importance.scopes import Scope
 from .layers import Selection, check_model
 from .learners import OptimizerFactory
@@ -81,7 +82,7 @@ def compress(
     rounds: int = 5,
     epochs: int = 1,
     granularity: Granularity | GranularityRule | str = Block(16, 16),  # noqa: B008  frozen
-    criterion: str = "loss_delta",
+    criterion: str | UserCriterion = "loss_delta",
     include: Selection = None,
     exclude: Selection = None,
     scope: Scope = "global",

@@ -188,15 +188,15 @@ class CompressionRun:
             )
         if round_index == 0:
             self.first_scores["scores"] = scores
+        if isinstance(self.granularity, GranularityRule):
             self.checkpoints.record("granularity", granularity_to_json(scores.granularity))
         self.checkpoints.save_scores(round_index, scores)
         return scores
 
     def _granularity(self) -> Granularity | GranularityRule:
         """Return the pieces of the run: a rule until the first round has chosen by it."""
-        if isinstance(self.granularity, Granularity) or "granularity" not in self.checkpoints.facts:
-            return self.granularity
-        return granularity_from_json(self.checkpoints.facts["granularity"])
+        chosen = self.checkpoints.facts.get("granularity")
+        return self.granularity if chosen is None else granularity_from_json(chosen)
 
     def _goal(self) -> Goal:
         """Return the goal of the whole run, with the costs that a budget of latency needs."""
