@@ -10,6 +10,7 @@ import pytest
 import torch
 
 import fastprune as fp
+from fastprune import metrics
 from fastprune.modules import choice, clear_layer_seconds, formats, latency
 
 # The tests of the CUDA kernels need no hypothesis, nor has every machine with a GPU.
@@ -53,7 +54,7 @@ def fake_medians(monkeypatch):
     """Puts a function in the place of `interleaved_medians` wherever layers and models are measured."""
 
     def put(fake):
-        for module in (choice, formats, latency):
+        for module in (choice, formats, latency, metrics):
             monkeypatch.setattr(module, "interleaved_medians", fake)
 
     return put

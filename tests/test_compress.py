@@ -21,7 +21,7 @@ from networks import SmallConvNet, TwoInputs
 
 pytestmark = pytest.mark.usefixtures("one_thread", "sparse_is_faster")
 
-compress_module = importlib.import_module("fastprune.compress")
+run_module = importlib.import_module("fastprune.compression_run")
 
 
 def test_a_copy_is_compressed_and_the_model_and_the_generators_are_left_alone():
@@ -112,6 +112,20 @@ def test_other_granularities_and_criteria_end_as_plain_zeros(granularity, criter
     assert share > 0.5
 
 
+class Columns(fp.Block):
+    """Pieces of the user's own: they have no file format."""
+
+
+def test_pieces_and_criteria_of_the_users_own_are_compressed_and_resumed(tmp_path):
+    model, train, val = task()
+
+    options = {**OPTIONS, "granularity": Columns(17, 1), "criterion": fp.criteria.Taylor(per_sample=True)}
+    first = fp.compress(model, train, val, **options, checkpoint_dir=tmp_path)
+    again = fp.compress(model, train, val, **options, checkpoint_dir=tmp_path)
+    assert_same_bits(again.model, first.model)
+    assert not list(tmp_path.glob("*_scores.safetensors"))
+
+
 def test_the_same_seed_gives_the_same_bits_and_another_gives_others():
     model, train, val = task()
     first = fp.compress(model, train, val, **OPTIONS)
@@ -126,7 +140,7 @@ def _accuracies(monkeypatch, values):
     """Make each evaluation find the next accuracy: that of the dense model first."""
     remaining = list(values)
     monkeypatch.setattr(
-        compress_module,
+        run_module,
         "evaluate",
         lambda *args, **kwargs: {"accuracy": remaining.pop(0), "loss": 1.0},
     )
@@ -180,13 +194,13 @@ def test_a_drop_that_is_just_allowed_goes_on(monkeypatch):
 def test_each_round_has_a_seed_of_its_own(monkeypatch):
     model, train, val = task()
     drawn = []
-    distill = compress_module.distill
+    distill = run_module.distill
 
     def spy(*args, **kwargs):
         drawn.append((torch.initial_seed(), random.random(), float(np.random.rand())))
         return distill(*args, **kwargs)
 
-    monkeypatch.setattr(compress_module, "distill", spy)
+    monkeypatch.setattr(run_module, "distill", spy)
     for _ in range(2):
         fp.compress(model, train, val, **OPTIONS)
     assert drawn[:3] == drawn[3:]
@@ -198,7 +212,7 @@ def test_each_round_has_a_seed_of_its_own(monkeypatch):
 def test_the_teacher_is_the_model_or_the_student_of_the_round_before(monkeypatch, teacher):
     model, train, val = task()
     seen = []
-    distill = compress_module.distill
+    distill = run_module.distill
 
     def spy(student, teacher, *args, **kwargs):
         seen.append((copy.deepcopy(teacher), student))
@@ -206,7 +220,7 @@ def test_the_teacher_is_the_model_or_the_student_of_the_round_before(monkeypatch
         seen[-1] += (copy.deepcopy(student),)
         return result
 
-    monkeypatch.setattr(compress_module, "distill", spy)
+    monkeypatch.setattr(run_module, "distill", spy)
     fp.compress(model, train, val, **OPTIONS, teacher=teacher)
     x = torch.randn(5, 12)
     model.eval()
@@ -220,13 +234,13 @@ def test_options_reach_scoring_and_distillation(monkeypatch):
     model, train, val = task()
     received = {}
     for name in ("score", "distill"):
-        function = getattr(compress_module, name)
+        function = getattr(run_module, name)
 
         def spy(*args, name=name, function=function, **kwargs):
             received[name] = kwargs
             return function(*args, **kwargs)
 
-        monkeypatch.setattr(compress_module, name, spy)
+        monkeypatch.setattr(run_module, name, spy)
     made = []
 
     def optimizer(parameters):

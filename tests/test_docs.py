@@ -55,3 +55,14 @@ def test_every_function_that_the_page_names_exists():
 def test_the_page_on_pruning_runs(capsys):
     run_page("pruning.md")
     assert "chosen" in capsys.readouterr().out
+
+
+def test_the_page_on_compression_runs_and_its_table_names_the_keys(capsys):
+    defined = run_page("compression.md")
+    printed = capsys.readouterr().out.splitlines()
+    assert printed[0].split()[:3] == ["round", "sparsity", "accuracy"]
+    assert "0.5 " in printed[5]
+    assert defined["scores"].granularity == fp.Block(8, 8)
+    table = (DOCS / "compression.md").read_text().partition("## The history")[2].partition("```python")[0]
+    named = set(re.findall(r"`(\w+)`", table.partition("| key |")[2]))
+    assert set(defined["result"].history[0]) <= named

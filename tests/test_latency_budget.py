@@ -293,13 +293,14 @@ def test_a_latency_budget_names_what_is_wrong():
     scores = make_scores({name: ([1.0, 2.0], (2, 10)) for name in "ab"}, fp.Unit())
     costs = fp.LatencyTable({name: linear(1.0) for name in "ab"})
     for options, error, message in (
-        ({"latency": 0.5}, ValueError, r"`latency` and `costs` come together: fp\.measure_latency"),
-        ({"flops": 0.5, "costs": costs}, ValueError, "`latency` and `costs` come together"),
+        ({"flops": 0.5, "costs": costs}, ValueError, "`costs` are for `latency`, got costs with flops=0.5"),
         ({"latency": 0.5, "costs": {"a": linear(1.0)}}, TypeError, r"`costs` must be an fp\.LatencyTable"),
         ({"latency": 0.0, "costs": costs}, ValueError, "`latency` must be a fraction"),
     ):
         with pytest.raises(error, match=message):
             fp.Budget(**options)
+    with pytest.raises(ValueError, match=r"`latency` needs `costs` here, which fp\.measure_latency"):
+        scores.select(budget=fp.Budget(latency=0.5))
     for scope in ("layer", ["a", "b"]):
         with pytest.raises(ValueError, match="`scope` must be 'global' for a latency budget"):
             scores.select(budget=fp.Budget(latency=0.5, costs=costs), scope=scope)

@@ -38,7 +38,7 @@ ORDER = (
     "metrics", "block_choice", "schedules", "regrowth", "resets", "pruning", "pruner",
     "gradients", "regularization", "capture", "distillation_losses", "learners", "distillation_rounds",
     "distillation", "saved_structure", "serialization",
-    "compress", "demo", "cli",
+    "checkpoints", "compression_result", "compression_run", "compression_search", "compress", "demo", "cli",
     "", "__main__",
 )  # fmt: skip
 # Siblings of one layer that are kept apart, so that either can be understood without the other.

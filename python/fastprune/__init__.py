@@ -9,7 +9,8 @@ from ._library import build_info, cpu_isa, set_cpu_isa, supported_cpu_isas, vers
 from .block_choice import AutoBlock
 from .block_sparse import BlockSparseTensor
 from .capture import capture_outputs
-from .compress import CompressionResult, compress
+from .compress import compress
+from .compression_result import CompressionResult
 from .distillation import distill
 from .distillation_losses import FeatureLoss, distillation_loss, logit_mse_loss
 from .gradients import GradientAccumulator, GradientThreshold, zero_small_gradients_

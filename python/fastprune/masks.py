@@ -32,12 +32,13 @@ class Budget:
         params: of the weights.
         bytes: of the memory that the weights take.
         latency: of the time that the dense layers take, as ``costs`` says.
-        costs: what each layer takes at each density, for ``latency``.
+        costs: what each layer takes at each density, for ``latency``; :func:`compress` measures it where it
+            is None, ``select`` needs it.
 
     Raises:
         TypeError: ``costs`` is no :class:`LatencyTable`.
-        ValueError: not exactly one fraction is given, it is not in (0, 1], or ``latency`` and ``costs`` do
-            not come together.
+        ValueError: not exactly one fraction is given, it is not in (0, 1], or there are ``costs`` without
+            ``latency``.
 
     """
 
@@ -56,11 +57,8 @@ class Budget:
             raise ValueError(f"Budget `{name}` must be a fraction in (0, 1], got {value!r}")
         if self.costs is not None and not isinstance(self.costs, LatencyTable):
             raise TypeError(f"Budget `costs` must be an fp.LatencyTable, got {type(self.costs).__name__}")
-        if (self.latency is None) != (self.costs is None):
-            raise ValueError(
-                "Budget `latency` and `costs` come together: fp.measure_latency(model, ...) gives the costs, "
-                f"got latency={self.latency} and {'no costs' if self.costs is None else 'costs'}"
-            )
+        if self.latency is None and self.costs is not None:
+            raise ValueError(f"Budget `costs` are for `latency`, got costs with {name}={value}")
 
     @property
     def cost(self) -> str:

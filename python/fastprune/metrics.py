@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable
+import functools
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -118,6 +119,16 @@ def count_flops(model: nn.Module, example: Batch) -> int:
 
 
 @dataclasses.dataclass
+class ModelCosts:
+    """What a model takes, whatever it computes: weights that are left, memory, multiply-adds, time."""
+
+    parameters: int
+    bytes: int
+    flops: int
+    latency_seconds: float
+
+
+@dataclasses.dataclass
 class ModelFigures:
     """What was measured of one model."""
 
@@ -127,6 +138,50 @@ class ModelFigures:
     bytes: int
     flops: int
     latency_seconds: float
+
+
+@torch.no_grad()
+def measure_costs(
+    models: Sequence[nn.Module],
+    batches: Sequence[Batch],
+    *,
+    repeats: int = 25,
+    maximum_seconds: float = float("inf"),
+) -> list[ModelCosts]:
+    """Return the costs of each model in eval mode; their latencies are medians of interleaved runs.
+
+    Args:
+        models: that take the same inputs.
+        batches: FLOPs and latency are those of one forward of each, together.
+        repeats: of the latency.
+        maximum_seconds: after which there are no more repeats than five.
+
+    """
+    flags = [(module, module.training) for model in models for module in model.modules()]
+    for model in models:
+        model.eval()
+    try:
+        flops = [sum(count_flops(model, batch) for batch in batches) for model in models]
+        latencies = interleaved_medians(
+            [functools.partial(_call_all, model, batches) for model in models],
+            repeats=repeats,
+            warmup=3,
+            device=model_device(models[0]),
+            minimum_seconds=2e-3,
+            maximum_seconds=maximum_seconds,
+        )
+    finally:
+        for module, training in flags:
+            module.training = training
+    return [
+        ModelCosts(count_parameters(model), count_bytes(model), flops[index], latencies[index])
+        for index, model in enumerate(models)
+    ]
+
+
+def _call_all(model: nn.Module, batches: Sequence[Batch]) -> None:
+    for batch in batches:
+        batch.call(model)
 
 
 @dataclasses.dataclass
@@ -216,30 +271,10 @@ def compare(
     figures = [
         evaluate(model, loader, loss_fn=loss_fn, output_transform=output_transform) for model in models
     ]
-    flags = [(module, module.training) for model in models for module in model.modules()]
-    for model in models:
-        model.eval()
-    try:
-        flops = [count_flops(model, example) for model in models]
-        latencies = interleaved_medians(
-            [lambda: example.call(dense), lambda: example.call(compressed)],
-            repeats=25,
-            warmup=3,
-            device=device,
-            minimum_seconds=2e-3,
-        )
-    finally:
-        for module, training in flags:
-            module.training = training
+    costs = measure_costs(models, [example])
     before, after = (
-        ModelFigures(
-            **figures[index],
-            parameters=count_parameters(model),
-            bytes=count_bytes(model),
-            flops=flops[index],
-            latency_seconds=latencies[index],
-        )
-        for index, model in enumerate(models)
+        ModelFigures(**accuracy, **dataclasses.asdict(cost))  # type: ignore[arg-type]
+        for accuracy, cost in zip(figures, costs, strict=True)
     )
     return Comparison(
         before,

@@ -172,7 +172,7 @@ class ImportanceScores(Mapping[str, Tensor]):
             keep = keep_above(pieces, check_threshold(threshold), groups_of(names, scope, None))
         elif budget is not None and not isinstance(budget, Budget):
             raise TypeError(f"`budget` must be a fastprune Budget, got {type(budget).__name__}")
-        elif budget is not None and budget.costs is not None:
+        elif budget is not None and budget.latency is not None:
             self._check_costs(budget.costs, scope)
             keep, remaining = keep_within_latency(pieces, budget)
             if remaining is not None:
@@ -200,8 +200,12 @@ class ImportanceScores(Mapping[str, Tensor]):
             warnings.warn(f"fastprune: {note}", stacklevel=2)
         return Masks(masks, self.granularity, self.weight_shapes, self.norms, self.granularities)
 
-    def _check_costs(self, costs: LatencyTable, scope: Scope) -> None:
+    def _check_costs(self, costs: LatencyTable | None, scope: Scope) -> None:
         """Raise ValueError for a latency budget that these scores cannot meet as it is asked for."""
+        if costs is None:
+            raise ValueError(
+                "Budget `latency` needs `costs` here, which fp.measure_latency(model, ...) gives, got None"
+            )
         if scope != "global":
             raise ValueError(
                 "`scope` must be 'global' for a latency budget, which is what divides it among the layers, "

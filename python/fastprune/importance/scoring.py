@@ -51,11 +51,9 @@ from .loss_delta import LossDeltas
 from .scores import ImportanceScores
 
 
-def check_criterion(criterion: str) -> None:
-    """Raise ValueError for the name of a criterion that does not exist."""
-    names = ("loss_delta", *CRITERIA)
-    if not isinstance(criterion, str) or criterion not in names:
-        raise ValueError(f"`criterion` must be one of {', '.join(names)}, got {criterion!r}")
+def check_criterion(criterion: str | UserCriterion) -> None:
+    """Raise ValueError for what is no criterion."""
+    _chosen(criterion)
 
 
 def needs_data(criterion: str | UserCriterion) -> bool:
@@ -228,12 +226,12 @@ def _coupled(traced: TracedModel | None, batch: Batch | None, layers: dict[str, 
 
 def _chosen(criterion: object) -> UserCriterion | None:
     """The callable to ask, None for the exact loss delta."""
-    if isinstance(criterion, str):
-        check_criterion(criterion)
-        return None if criterion == "loss_delta" else CRITERIA[criterion]()
-    if isinstance(criterion, type) or not callable(criterion):
-        check_criterion(criterion)  # type: ignore[arg-type]
-    return criterion  # type: ignore[return-value]
+    if callable(criterion) and not isinstance(criterion, type):
+        return criterion
+    names = ("loss_delta", *CRITERIA)
+    if not isinstance(criterion, str) or criterion not in names:
+        raise ValueError(f"`criterion` must be one of {', '.join(names)}, got {criterion!r}")
+    return None if criterion == "loss_delta" else CRITERIA[criterion]()
 
 
 class _Source:
