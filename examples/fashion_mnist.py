@@ -51,7 +51,7 @@ class Recipe:
 
     train_images: int = 55_000
     batch_size: int = 128
-    dense_epochs: int = 3
+    dense_epochs: int = 2
     sparsity: float = 0.9
     max_layer_sparsity: float = 0.97
     rounds: int = 3

@@ -17,12 +17,12 @@ def convolution(in_channels: int, out_channels: int, size: int = 3, stride: int 
 
 
 class Vgg(nn.Module):
-    """Pairs of 3x3 convolutions between poolings, and one hidden Linear layer, as Simonyan and Zisserman 2015.
+    """Pairs of 3x3 convolutions between poolings, and two wide Linear layers, as Simonyan and Zisserman 2015.
 
     Images of 28x28 are halved twice at once; the pairs see 7x7, 4x4 and 2x2 pixels.
     """
 
-    def __init__(self, widths: Sequence[int] = (64, 128, 256, 512), classes: int = 10) -> None:
+    def __init__(self, widths: Sequence[int] = (32, 64, 128, 256), classes: int = 10) -> None:
         super().__init__()
         self.first = convolution(1, widths[0], size=5, stride=2)
         layers = [nn.BatchNorm2d(widths[0]), nn.ReLU()]
@@ -31,11 +31,11 @@ class Vgg(nn.Module):
             for in_channels in (before, width):
                 layers += [convolution(in_channels, width), nn.BatchNorm2d(width), nn.ReLU()]
         self.features = nn.Sequential(*layers)
-        hidden = widths[-1]
+        features = 4 * widths[-1]
         self.hidden = nn.Sequential(
-            nn.Flatten(), nn.Linear(4 * hidden, hidden, bias=False), nn.BatchNorm1d(hidden), nn.ReLU()
+            nn.Flatten(), nn.Linear(features, features), nn.ReLU(), nn.Linear(features, features), nn.ReLU()
         )
-        self.last = nn.Linear(hidden, classes)
+        self.last = nn.Linear(features, classes)
 
     def forward(self, images: Tensor) -> Tensor:
         return self.last(self.hidden(self.features(self.first(images))))
@@ -65,13 +65,14 @@ class BasicBlock(nn.Module):
 class ResNet18(nn.Module):
     """Four stages of two basic blocks.
 
-    The stem halves 28x28 twice, as that of the original does; the stages see 7x7, 4x4, 2x2 and 2x2 pixels. The last keeps
-    its size: on a single pixel eight of nine taps would read padding alone, and could be pruned for nothing.
+    Half as wide as the original. The stem halves 28x28 twice, as the original's does; the stages see 7x7, 4x4, 2x2
+    and 2x2 pixels. The last keeps its size: on a single pixel eight of nine taps would read padding alone,
+    and could be pruned for nothing.
     """
 
     def __init__(
         self,
-        widths: Sequence[int] = (64, 128, 256, 512),
+        widths: Sequence[int] = (32, 64, 128, 256),
         strides: Sequence[int] = (1, 2, 2, 1),
         classes: int = 10,
     ) -> None:
