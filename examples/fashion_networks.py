@@ -1,4 +1,4 @@
-"""The two networks of fashion_mnist.py: one like VGG, one like ResNet-18, for images of 28x28 with one channel.
+"""The two networks of fashion_mnist.py, one like VGG, one like ResNet-18, for grey images of 28x28.
 
 In both, `first` and `last` are the layers that see the image and that give the logits. Every activation is a
 module of its own, so that `fp.sparsify_(..., fold_batch_norm=True)` can compute it in the layer before.
@@ -6,6 +6,7 @@ module of its own, so that `fp.sparsify_(..., fold_batch_norm=True)` can compute
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 
 from torch import Tensor, nn
@@ -26,7 +27,7 @@ class Vgg(nn.Module):
         super().__init__()
         self.first = convolution(1, widths[0], size=5, stride=2)
         layers = [nn.BatchNorm2d(widths[0]), nn.ReLU()]
-        for before, width in zip(widths, widths[1:], strict=False):
+        for before, width in itertools.pairwise(widths):
             layers.append(nn.MaxPool2d(2, ceil_mode=True))
             for in_channels in (before, width):
                 layers += [convolution(in_channels, width), nn.BatchNorm2d(width), nn.ReLU()]
@@ -65,9 +66,9 @@ class BasicBlock(nn.Module):
 class ResNet18(nn.Module):
     """Four stages of two basic blocks.
 
-    Half as wide as the original. The stem halves 28x28 twice, as the original's does; the stages see 7x7, 4x4, 2x2
-    and 2x2 pixels. The last keeps its size: on a single pixel eight of nine taps would read padding alone,
-    and could be pruned for nothing.
+    Half as wide as the original. The stem halves 28x28 twice, as the original's does; the stages see 7x7,
+    4x4, 2x2 and 2x2 pixels. The last keeps its size: on a single pixel eight of nine taps would read padding
+    alone, and could be pruned for nothing.
     """
 
     def __init__(
