@@ -2,18 +2,19 @@
 
 Run: OMP_NUM_THREADS=2 python examples/fashion_mnist.py --data-dir FOLDER [--checkpoint-dir FOLDER]
 
-The folder of the data holds four IDX files, as Debian's package dataset-fashion-mnist has them. Each network is
-trained here, then loses 90 % of the 16x16 blocks of all its Linear and Conv2d layers together, but for the first
-and the last layer: by exact loss deltas, and by magnitude and Taylor scores with the same rounds, epochs, images
-and seeds.
+The folder of the data holds four IDX files, as Debian's package dataset-fashion-mnist has them. Each
+network is trained here, then loses 90 % of the 16x16 blocks of all its Linear and Conv2d layers together,
+but for the first and the last layer: by exact loss deltas, and by magnitude and Taylor scores with the same
+rounds, epochs, images and seeds.
 
-55,000 of the 60,000 training images train. The other 5,000 are what `compress` validates on; the test images
-are read once, at the end, for the accuracies of the table. Latencies are medians of one interleaved run in eval
-mode, batch norms folded on both sides; the dense network counts with the faster of both memory formats.
+55,000 of the 60,000 training images train. The other 5,000 are what `compress` validates on; the test
+images are read once, at the end, for the accuracies of the table. Latencies are medians of one interleaved
+run in eval mode, batch norms folded on both sides; the dense network counts with the faster of both memory
+formats.
 
-With --checkpoint-dir the trained networks and the rounds of `compress` are kept: an interrupted run goes on, and
-a finished one only evaluates and measures again. What is kept was converted for the machine, and with the
-number of threads, of the run that made it.
+With --checkpoint-dir the trained networks and the rounds of `compress` are kept: an interrupted run goes
+on, and a finished one only evaluates and measures again. What is kept was converted for the machine, and
+with the number of threads, of the run that made it.
 """
 
 from __future__ import annotations
