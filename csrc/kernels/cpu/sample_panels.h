@@ -112,7 +112,8 @@ template <class T, bool kUnitStride, bool kOneStep, int Vectors>
 void multiply_outputs(const BlockLists<T>& weight, int64_t output, int64_t end, int64_t features,
                       const T* panel, T* result) {
   constexpr int64_t kWidth = Vectors * kLanes<T>;
-  constexpr int kOutputs = Vectors > kPanelVectors ? 1 : kPanelOutputs;
+  // As many accumulators as there are multiply-adds in flight at the least.
+  constexpr int kOutputs = Vectors > kPanelVectors ? 1 : Vectors == 1 ? 8 : kPanelOutputs;
   while (output < end) {
     const int64_t list = output / weight.outputs, list_begin = list * weight.outputs;
     const int64_t list_end = list_begin + weight.outputs < end ? list_begin + weight.outputs : end;
