@@ -21,6 +21,35 @@ devices = pytest.mark.parametrize(
 )
 
 
+def measure_forward(
+    benchmark,
+    kind: str,
+    shape: tuple[int, int],
+    samples: int,
+    blocksize: tuple[int, int],
+    sparsity: float,
+    thread_count: int,
+    device: str = "cpu",
+) -> None:
+    """Measure one layer against its dense twin."""
+    layer = make_layer(*shape, blocksize, sparsity, device=device)
+    dense, input = layer.to_dense(), torch.randn(samples, shape[1], device=device)
+    with threads(thread_count):
+        measure(
+            benchmark,
+            lambda: layer(input),
+            lambda: dense(input),
+            check=assert_close,
+            group=f"linear {name_of(shape)}, N = {samples}, {device}, {thread_count} threads",
+            flops=2.0 * samples * layer.packed_values.numel(),
+            device=torch.device(device),
+            kind=kind,
+            blocksize=name_of(blocksize),
+            sparsity=sparsity,
+            density=layer.density,
+        )
+
+
 @devices
 @pytest.mark.parametrize("sparsity", SPARSITIES)
 @pytest.mark.parametrize("blocksize", BLOCKSIZES, ids=name_of)
@@ -36,22 +65,44 @@ def bench_forward(
     device: str,
     thread_count: int,
 ) -> None:
-    layer = make_layer(*shape, blocksize, sparsity, device=device)
-    dense, input = layer.to_dense(), torch.randn(samples, shape[1], device=device)
-    with threads(thread_count):
-        measure(
-            benchmark,
-            lambda: layer(input),
-            lambda: dense(input),
-            check=assert_close,
-            group=f"linear {name_of(shape)}, N = {samples}, {device}, {thread_count} threads",
-            flops=2.0 * samples * layer.packed_values.numel(),
-            device=torch.device(device),
-            kind="forward" if samples > 1 else "forward, one sample",
-            blocksize=name_of(blocksize),
-            sparsity=sparsity,
-            density=layer.density,
-        )
+    kind = "forward" if samples > 1 else "forward, one sample"
+    measure_forward(benchmark, kind, shape, samples, blocksize, sparsity, thread_count, device)
+
+
+@pytest.mark.parametrize("thread_count", THREADS)
+@pytest.mark.parametrize("sparsity", [0.75, 0.9])
+@pytest.mark.parametrize("blocksize", [(1, 1), (4, 1), (1, 4), (1, 16)], ids=name_of)
+@pytest.mark.parametrize("samples", [128, 512])
+@pytest.mark.parametrize("shape", [(768, 768), (3072, 768), (768, 3072)], ids=name_of)
+@torch.no_grad()
+def bench_fine_grained(
+    benchmark,
+    shape: tuple[int, int],
+    samples: int,
+    blocksize: tuple[int, int],
+    sparsity: float,
+    thread_count: int,
+) -> None:
+    """Unstructured sparsity, and blocks of one row or one column."""
+    measure_forward(benchmark, "fine-grained forward", shape, samples, blocksize, sparsity, thread_count)
+
+
+@pytest.mark.parametrize("thread_count", THREADS)
+@pytest.mark.parametrize("sparsity", [0.75, 0.9])
+@pytest.mark.parametrize("blocksize", [(16, 16), (32, 32)], ids=name_of)
+@pytest.mark.parametrize("samples", [1, 3, 5, 8, 9, 12, 16])
+@pytest.mark.parametrize("shape", [(3072, 768), (4096, 1024), (1280, 2560)], ids=name_of)
+@torch.no_grad()
+def bench_few_samples(
+    benchmark,
+    shape: tuple[int, int],
+    samples: int,
+    blocksize: tuple[int, int],
+    sparsity: float,
+    thread_count: int,
+) -> None:
+    few = "one sample" if samples == 1 else "3 to 8 samples" if samples <= 8 else "9 to 16 samples"
+    measure_forward(benchmark, f"few samples: {few}", shape, samples, blocksize, sparsity, thread_count)
 
 
 @pytest.mark.parametrize("thread_count", THREADS)

@@ -31,7 +31,7 @@ from .distillation_losses import FeatureLoss
 from .files import state_digest
 from .granularity import Block, Granularity, GranularityRule, check_granularity
 from .importance import Floor, ImportanceScores, check_criterion, score
-from .importance.criterion import UserCriterion
+from .importance.criterion import UserCriterion, name_of
 from .importance.scopes import Scope
 from .layers import Selection, check_model
 from .learners import OptimizerFactory
@@ -213,7 +213,7 @@ def compress(
         "rounds": rounds,
         "epochs": epochs,
         "granularity": repr(granularity) if isinstance(granularity, Granularity) else "auto",
-        "criterion": criterion,
+        "criterion": criterion if isinstance(criterion, str) else name_of(criterion),
         "include": include,
         "exclude": exclude,
         "scope": scope,

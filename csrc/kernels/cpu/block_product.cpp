@@ -29,7 +29,7 @@ BlockProductWork plan_block_product(const BlockProductArgs<T>& args, int64_t thr
   BlockProductWork work;
   work.transposed = args.weight.output_stride != 1 || samples > kVector / 2;
   work.units = work.transposed ? (samples + kVector - 1) / kVector : samples;
-  const int64_t widest = work.transposed ? kPanelVectors : work.units;
+  const int64_t widest = work.transposed ? panel_vectors(args.weight) : work.units;
   work.groups = widest > 0 ? (work.units + widest - 1) / widest : 1;
   if (work.transposed) {
     // A multiple of the threads, so that few panels are transposed by two of them.
@@ -39,7 +39,7 @@ BlockProductWork plan_block_product(const BlockProductArgs<T>& args, int64_t thr
   work.stream_output = work.transposed && can_stream(args.output);
   work.total = work.units * cost_per_unit(args.weight);
   work.scratch_size =
-      work.transposed ? kPanelVectors * kVector * (args.input.cols + kStoredOutputs<T>) : 0;
+      work.transposed ? widest * kVector * (args.input.cols + kStoredOutputs<T>) : 0;
   return work;
 }
 

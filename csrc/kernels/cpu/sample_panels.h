@@ -1,8 +1,8 @@
 // block_product with vectors along the samples.
 //
-// A group of up to kPanelVectors vectors of samples is transposed into a panel, [features][width],
-// that stays in the second-level cache. One register tile holds A outputs x V vectors of samples,
-// across all entries of a list:
+// A group of up to panel_vectors() vectors of samples is transposed into a panel,
+// [features][width], that stays in the second-level cache. One register tile holds A outputs x V
+// vectors of samples, across all entries of a list:
 //
 //               samples: V vectors
 //             +------+------+------+
@@ -30,24 +30,34 @@ constexpr int kPanelOutputs = 8;  // 24 of 32 registers, and 4 for the panel and
 constexpr int kPanelOutputs = 4;  // 12 of 16 registers, and 4
 #endif
 constexpr int kPanelVectors = 3;
+// For lists of one output, whose additions wait for each other: one more vector (AVX2, 768
+// features, 90 % sparse: 43 for 38 GFLOP/s; six and eight, 36, read too much from the second-level
+// cache).
+constexpr int kWidePanelVectors = 4;
+
+template <class T>
+int panel_vectors(const BlockLists<T>& weight) {
+  return weight.outputs == 1 ? kWidePanelVectors : kPanelVectors;
+}
 
 // Outputs [output, output + Outputs) of list `list`, for the whole width of the panel.
 // Not inlined: among its callers' variables GCC keeps accumulators in memory.
-// kUnitStride: weight.output_stride == 1, known to the compiler.
-template <class T, bool kUnitStride, int Outputs, int Vectors>
+// kUnitStride: weight.output_stride == 1, known to the compiler. kOneStep: weight.steps == 1, where
+// a loop over the steps would cost more than what it does.
+template <class T, bool kUnitStride, bool kOneStep, int Outputs, int Vectors>
 __attribute__((noinline)) void multiply_panel_tile(const BlockLists<T>& weight, int64_t list,
                                                    int64_t output, int64_t features, const T* panel,
                                                    T* result) {
   using V = Vec<T, kLanes<T>>;
   constexpr int64_t kWidth = Vectors * kLanes<T>;
   const int64_t output_stride = kUnitStride ? 1 : weight.output_stride;
-  const int64_t block_size = weight.outputs * weight.steps;
+  const int64_t block_size = kOneStep ? weight.outputs : weight.outputs * weight.steps;
   V acc[Outputs][Vectors] = {};
   const int64_t last = weight.offsets[list + 1];
   for (int64_t j = weight.offsets[list]; j < last; ++j) {
-    const int64_t first = weight.sources[j] * weight.steps;
+    const int64_t first = kOneStep ? weight.sources[j] : weight.sources[j] * weight.steps;
     const int64_t remaining = features - first;
-    const int64_t steps = weight.steps < remaining ? weight.steps : remaining;
+    const int64_t steps = kOneStep ? 1 : weight.steps < remaining ? weight.steps : remaining;
     const int64_t block = weight.blocks ? weight.blocks[j] : j;
     const T* w = weight.values + block * block_size + output * output_stride;
     const T* x = panel + first * kWidth;
@@ -60,52 +70,54 @@ __attribute__((noinline)) void multiply_panel_tile(const BlockLists<T>& weight, 
     }
     for (int64_t b = 0; b < steps; ++b, w += weight.step_stride, x += kWidth) {
       // Weights past the second-level cache arrive in time; 16 or 64 steps do as well.
-      if constexpr (kUnitStride) __builtin_prefetch(w + 32 * weight.step_stride);
+      if constexpr (kUnitStride && !kOneStep) __builtin_prefetch(w + 32 * weight.step_stride);
       V samples[Vectors];
-#pragma GCC unroll 3
+#pragma GCC unroll 4
       for (int v = 0; v < Vectors; ++v) samples[v] = load<V>(x + v * kLanes<T>);
 #pragma GCC unroll 8
       for (int a = 0; a < Outputs; ++a) {
         const V value = broadcast<V>(w[a * output_stride]);
-#pragma GCC unroll 3
+#pragma GCC unroll 4
         for (int v = 0; v < Vectors; ++v) acc[a][v] += value * samples[v];
       }
     }
   }
 #pragma GCC unroll 8
   for (int a = 0; a < Outputs; ++a) {
-#pragma GCC unroll 3
+#pragma GCC unroll 4
     for (int v = 0; v < Vectors; ++v) store(result + a * kWidth + v * kLanes<T>, acc[a][v]);
   }
 }
 
 // Outputs [output, end) of a list into consecutive rows of `result`, in ever lower tiles: any
 // number of outputs is covered.
-template <class T, bool kUnitStride, int Outputs, int Vectors>
+template <class T, bool kUnitStride, bool kOneStep, int Outputs, int Vectors>
 void multiply_list(const BlockLists<T>& weight, int64_t list, int64_t output, int64_t end,
                    int64_t features, const T* panel, T* result) {
   constexpr int64_t kWidth = Vectors * kLanes<T>;
   for (; output + Outputs <= end; output += Outputs, result += Outputs * kWidth) {
-    multiply_panel_tile<T, kUnitStride, Outputs, Vectors>(weight, list, output, features, panel,
-                                                          result);
+    multiply_panel_tile<T, kUnitStride, kOneStep, Outputs, Vectors>(weight, list, output, features,
+                                                                    panel, result);
   }
   if constexpr (Outputs > 1) {
     if (output < end) {
-      multiply_list<T, kUnitStride, Outputs / 2, Vectors>(weight, list, output, end, features,
-                                                          panel, result);
+      multiply_list<T, kUnitStride, kOneStep, Outputs / 2, Vectors>(weight, list, output, end,
+                                                                    features, panel, result);
     }
   }
 }
 
 // Outputs [output, end) of the whole product, which may span lists.
-template <class T, bool kUnitStride, int Vectors>
+template <class T, bool kUnitStride, bool kOneStep, int Vectors>
 void multiply_outputs(const BlockLists<T>& weight, int64_t output, int64_t end, int64_t features,
                       const T* panel, T* result) {
   constexpr int64_t kWidth = Vectors * kLanes<T>;
+  // As many accumulators as there are multiply-adds in flight at the least.
+  constexpr int kOutputs = Vectors > kPanelVectors ? 1 : Vectors == 1 ? 8 : kPanelOutputs;
   while (output < end) {
     const int64_t list = output / weight.outputs, list_begin = list * weight.outputs;
     const int64_t list_end = list_begin + weight.outputs < end ? list_begin + weight.outputs : end;
-    multiply_list<T, kUnitStride, kPanelOutputs, Vectors>(
+    multiply_list<T, kUnitStride, kOneStep, kOutputs, Vectors>(
         weight, list, output - list_begin, list_end - list_begin, features, panel, result);
     result += (list_end - output) * kWidth;
     output = list_end;
@@ -162,8 +174,11 @@ void multiply_group_of(const BlockProductArgs<T>& args, bool stream_output, int6
   constexpr int64_t kWidth = Vectors * kLanes<T>;
   const int64_t samples = args.input.rows, features = args.input.cols;
   const int64_t list_outputs = args.weight.outputs;
-  const auto multiply = args.weight.output_stride == 1 ? multiply_outputs<T, true, Vectors>
-                                                       : multiply_outputs<T, false, Vectors>;
+  const bool unit_stride = args.weight.output_stride == 1, one_step = args.weight.steps == 1;
+  const auto multiply = unit_stride ? one_step ? multiply_outputs<T, true, true, Vectors>
+                                               : multiply_outputs<T, true, false, Vectors>
+                        : one_step  ? multiply_outputs<T, false, true, Vectors>
+                                    : multiply_outputs<T, false, false, Vectors>;
   T* panel = scratch;
   T* result = scratch + features * kWidth;
   transpose<T, true>(args.input.data, args.input.row_stride, samples, features, panel, kWidth);
@@ -203,14 +218,16 @@ void multiply_group_of(const BlockProductArgs<T>& args, bool stream_output, int6
 template <class T>
 void multiply_group(const BlockProductArgs<T>& args, int64_t vectors, bool stream_output,
                     int64_t first_list, int64_t last_list, T* scratch) {
-  static_assert(kPanelVectors == 3);
+  static_assert(kPanelVectors == 3 && kWidePanelVectors == 4);
   switch (vectors) {
     case 1:
       return multiply_group_of<T, 1>(args, stream_output, first_list, last_list, scratch);
     case 2:
       return multiply_group_of<T, 2>(args, stream_output, first_list, last_list, scratch);
-    default:
+    case 3:
       return multiply_group_of<T, 3>(args, stream_output, first_list, last_list, scratch);
+    default:
+      return multiply_group_of<T, 4>(args, stream_output, first_list, last_list, scratch);
   }
 }
 
