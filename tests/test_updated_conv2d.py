@@ -122,6 +122,10 @@ def test_sliced_and_channels_last_inputs_give_the_same() -> None:
         channels_last(new_addend),
     )
     assert torch.equal(call(case, sliced), plain)
+    transformed = ops.winograd_weight(weight)
+    apart = torch.stack([transformed, torch.zeros_like(transformed)], dim=-1)[..., 0]
+    tensors = (known, input, new_input, apart, addend, new_addend)
+    assert torch.equal(ops.updated_conv2d(*tensors, padding=case.padding), plain)
 
 
 def test_bits_do_not_depend_on_threads_or_on_the_other_images(isa: str) -> None:
@@ -169,13 +173,21 @@ BAD_ARGUMENTS = {
         "known",
         _change(known=torch.randn(3, 5, 5, 7), addend=None, new_addend=None),
     ),
+    "known of another width": (
+        "known",
+        _change(known=torch.randn(3, 5, 6, 6), addend=None, new_addend=None),
+    ),
     "input of other images": ("input", _change(input=torch.randn(2, 4, 6, 7))),
     "input in double": ("input", _change(input=torch.randn(3, 4, 6, 7).double())),
     "new input of another size": ("new_input", _change(new_input=torch.randn(3, 4, 6, 6))),
     "a plain weight": ("winograd_weight", _change(winograd_weight=torch.randn(5, 4, 3, 3))),
+    "weight of 35 points": ("winograd_weight", _change(winograd_weight=torch.randn(35, 1, 4, 16))),
+    "weight in panels of 15": ("winograd_weight", _change(winograd_weight=torch.randn(36, 1, 4, 15))),
+    "weight in double": ("winograd_weight", _change(winograd_weight=torch.randn(36, 1, 4, 16).double())),
     "weight of other outputs": ("winograd_weight", _change(winograd_weight=torch.randn(36, 2, 4, 16))),
     "weight of other inputs": ("winograd_weight", _change(winograd_weight=torch.randn(36, 1, 5, 16))),
     "one addend": ("new_addend", _change(new_addend=None)),
+    "only the new addend": ("new_addend", _change(addend=None)),
     "addend of another size": ("addend", _change(addend=torch.randn(3, 5, 6, 6))),
     "new addend of another size": ("new_addend", _change(new_addend=torch.randn(3, 5, 1, 7))),
     "padding of two numbers": ("padding", _change(padding=(1, 1))),
