@@ -17,6 +17,7 @@ CASES = [
     Case(2, 17, 129, 6, 5, padding=(0, 1, 2, 0)),
     Case(5, 64, 70, 8, 15, padding=(0, 0, 0, 0)),
     Case(1, 151, 65, 13, 12),
+    Case(5, 49, 33, 9, 10),  # 45 tiles in two chunks: 22 and 23
     Case(2, 4, 3, 2, 3, padding=(3, 2, 4, 5)),
 ]
 
@@ -106,6 +107,14 @@ def test_nan_stays_in_its_image(isa: str) -> None:
     updated = call(case, problem)
     assert bool(updated[1, :, 3:6, 3:6].isnan().all())
     assert not bool(updated[[0, 2]].isnan().any())
+
+
+def test_nan_of_an_earlier_call_is_gone(isa: str, one_thread: None) -> None:
+    large, small = Case(9, 33, 150, 15, 17), CASES[1]
+    known, input, new_input, weight, *_ = change_of(large)
+    assert bool(call(large, (known, input, new_input * torch.nan, weight)).isnan().all())
+    # Threads keep their memory; pixels outside of the images are read from it.
+    assert not bool(call(small, change_of(small)).isnan().any())
 
 
 def test_sliced_and_channels_last_inputs_give_the_same() -> None:
