@@ -97,6 +97,8 @@ def test_sliced_and_channels_last_inputs_give_the_same() -> None:
         assert torch.equal(ops.ablate_conv2d(*other, pieces, **options), plain)
     rows = ops.ablate_conv2d(wide[:, 3:20], input, weight[3:20], pieces, **options)
     assert torch.equal(rows, plain[:, :, 3:20])
+    apart = torch.stack([pieces, pieces], dim=1)[:, 0]
+    assert torch.equal(ops.ablate_conv2d(output, input, weight, apart, **options), plain)
 
 
 def test_bits_do_not_depend_on_threads_or_on_the_other_images(isa: str) -> None:
@@ -152,9 +154,15 @@ BAD_ARGUMENTS = {
     "int64 pieces": ("pieces", _change(pieces=torch.zeros(1, 4, dtype=torch.int64))),
     "pieces of three numbers": ("pieces", _change(pieces=torch.zeros(1, 3, dtype=torch.int32))),
     "channels out of range": ("pieces", _change(pieces=torch.tensor([[0, 5, 0, 1]], dtype=torch.int32))),
+    "a negative channel": ("pieces", _change(pieces=torch.tensor([[-1, 4, 0, 1]], dtype=torch.int32))),
     "channels reversed": ("pieces", _change(pieces=torch.tensor([[2, 1, 0, 1]], dtype=torch.int32))),
     "taps out of range": ("pieces", _change(pieces=torch.tensor([[0, 4, 0, 10]], dtype=torch.int32))),
+    "taps reversed": ("pieces", _change(pieces=torch.tensor([[0, 4, 2, 1]], dtype=torch.int32))),
     "a negative tap": ("pieces", _change(pieces=torch.tensor([[0, 4, -1, 1]], dtype=torch.int32))),
+    "a second piece out of range": (
+        "pieces",
+        _change(pieces=torch.tensor([[0, 4, 0, 9], [0, 5, 0, 9]], dtype=torch.int32)),
+    ),
     "padding of two numbers": ("padding", _change(padding=(1, 1))),
     "no stride": ("stride", _change(stride=(0, 1))),
     "an unknown activation": ("activation", _change(activation="tanh")),

@@ -17,6 +17,7 @@ CASES = [
     Case(2, 17, 129, 6, 5, padding=(0, 1, 2, 0)),
     Case(5, 64, 70, 8, 15, padding=(0, 0, 0, 0)),
     Case(1, 151, 65, 13, 12),
+    Case(5, 49, 33, 9, 10),  # 45 tiles in two chunks: 22 and 23
     Case(2, 4, 3, 2, 3, padding=(3, 2, 4, 5)),
 ]
 
@@ -108,6 +109,14 @@ def test_nan_stays_in_its_image(isa: str) -> None:
     assert not bool(updated[[0, 2]].isnan().any())
 
 
+def test_nan_of_an_earlier_call_is_gone(isa: str, one_thread: None) -> None:
+    large, small = Case(9, 33, 150, 15, 17), CASES[1]
+    known, input, new_input, weight, *_ = change_of(large)
+    assert bool(call(large, (known, input, new_input * torch.nan, weight)).isnan().all())
+    # Threads keep their memory; pixels outside of the images are read from it.
+    assert not bool(call(small, change_of(small)).isnan().any())
+
+
 def test_sliced_and_channels_last_inputs_give_the_same() -> None:
     case = Case(4, 20, 33, 7, 9)
     problem = change_of(case)
@@ -122,6 +131,10 @@ def test_sliced_and_channels_last_inputs_give_the_same() -> None:
         channels_last(new_addend),
     )
     assert torch.equal(call(case, sliced), plain)
+    transformed = ops.winograd_weight(weight)
+    apart = torch.stack([transformed, torch.zeros_like(transformed)], dim=-1)[..., 0]
+    tensors = (known, input, new_input, apart, addend, new_addend)
+    assert torch.equal(ops.updated_conv2d(*tensors, padding=case.padding), plain)
 
 
 def test_bits_do_not_depend_on_threads_or_on_the_other_images(isa: str) -> None:
@@ -169,13 +182,21 @@ BAD_ARGUMENTS = {
         "known",
         _change(known=torch.randn(3, 5, 5, 7), addend=None, new_addend=None),
     ),
+    "known of another width": (
+        "known",
+        _change(known=torch.randn(3, 5, 6, 6), addend=None, new_addend=None),
+    ),
     "input of other images": ("input", _change(input=torch.randn(2, 4, 6, 7))),
     "input in double": ("input", _change(input=torch.randn(3, 4, 6, 7).double())),
     "new input of another size": ("new_input", _change(new_input=torch.randn(3, 4, 6, 6))),
     "a plain weight": ("winograd_weight", _change(winograd_weight=torch.randn(5, 4, 3, 3))),
+    "weight of 35 points": ("winograd_weight", _change(winograd_weight=torch.randn(35, 1, 4, 16))),
+    "weight in panels of 15": ("winograd_weight", _change(winograd_weight=torch.randn(36, 1, 4, 15))),
+    "weight in double": ("winograd_weight", _change(winograd_weight=torch.randn(36, 1, 4, 16).double())),
     "weight of other outputs": ("winograd_weight", _change(winograd_weight=torch.randn(36, 2, 4, 16))),
     "weight of other inputs": ("winograd_weight", _change(winograd_weight=torch.randn(36, 1, 5, 16))),
     "one addend": ("new_addend", _change(new_addend=None)),
+    "only the new addend": ("new_addend", _change(addend=None)),
     "addend of another size": ("addend", _change(addend=torch.randn(3, 5, 6, 6))),
     "new addend of another size": ("new_addend", _change(new_addend=torch.randn(3, 5, 1, 7))),
     "padding of two numbers": ("padding", _change(padding=(1, 1))),

@@ -214,6 +214,7 @@ void test_all() {
   test_ablate_conv2d<T>(1, 2, 3, 1, 1, 1);
   test_updated_conv2d<T>(1, 2, 3, 1, 1, 1, false);
   test_updated_conv2d<T>(7, 3, 130, 13, 12, 1, true);
+  test_updated_conv2d<T>(5, 49, 66, 9, 10, 1, true);  // two chunks of unequal size
 }
 
 }  // namespace
