@@ -48,7 +48,7 @@ def main() -> None:
     tests = DataLoader(TensorDataset(data.test_inputs, data.test_labels), batch_size=1000)
     heads = "".join(f"{head:>10}" for head in ("seed", "dense", "runs", "found", "accuracy"))
     print(f"{'blocks':<22}{heads}  every lower one holds")
-    for granularity in (fp.Block(4, 4), fp.Block(16, 16)):
+    for granularity in (fp.Block(16, 16), fp.Block(8, 8)):
         for seed in range(seeds):
             torch.manual_seed(seed)
             model = nn.Sequential(
