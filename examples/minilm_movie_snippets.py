@@ -44,8 +44,8 @@ VALIDATION_SNIPPETS = 1000
 PROJECTIONS = ("*.query", "*.key", "*.value", "*.dense")
 DENSE_EPOCHS = 2
 ROUNDS = 3
-EPOCHS = 2
-SCORED_SNIPPETS = 512
+EPOCHS = 1
+SCORED_SNIPPETS = 256
 
 
 class Snippet(NamedTuple):
@@ -220,7 +220,7 @@ def fine_tune(model: SentenceClassifier, train: Batches, validation: Batches, ep
 
 def make_optimizer(parameters: Any) -> torch.optim.Optimizer:
     """The optimizer of each round of distillation."""
-    return torch.optim.AdamW(parameters, lr=2e-4, weight_decay=0.01, fused=True)
+    return torch.optim.AdamW(parameters, lr=5e-4, weight_decay=0.01, fused=True)
 
 
 def shorten(
@@ -257,7 +257,7 @@ def shorten(
         optimizer=make_optimizer,
         distillation={
             "features": {name: name for name in hidden},
-            "feature_weight": 10.0,
+            "feature_weight": 1.0,
             "scheduler": schedule,
             "scheduler_interval": "step",
             "max_grad_norm": 1.0,
@@ -351,7 +351,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--data-file", type=Path, required=True, help="movieReviewSnippets_GroundTruth.txt")
     parser.add_argument("--checkpoint-dir", type=Path, help="where models are kept, for runs that go on")
-    parser.add_argument("--criteria", nargs="+", default=["taylor", "magnitude"], help="of which blocks go")
+    parser.add_argument("--criteria", nargs="+", default=["fisher", "magnitude"], help="of which blocks go")
     parser.add_argument("--threads", type=int, help="of the whole run")
     parser.add_argument("--quiet", action="store_true", help="no progress bars")
     arguments = parser.parse_args()
