@@ -63,11 +63,11 @@ def test_schedules_by_hand():
 
 
 def test_exponential_rounds_are_those_of_compress():
-    from fastprune.compress import round_sparsity
+    from fastprune.compression_run import Goal
 
     schedule = fp.ExponentialSchedule(0.9, end=5)
     for index in range(5):
-        assert schedule.at(index + 1) == pytest.approx(round_sparsity(0.9, 5, index), abs=1e-12)
+        assert schedule.at(index + 1) == pytest.approx(Goal(0.9).after(5, index).sparsity, abs=1e-12)
 
 
 def test_a_schedule_of_ones_own_needs_only_what_lies_between():

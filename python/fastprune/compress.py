@@ -196,11 +196,12 @@ def compress(
         # Selectors and floors that fit no layer are found out now, not after an hour of scoring.
         score(
             model,
-            None,
+            train_loader,  # of which one batch is read
             criterion="magnitude",
             granularity=granularity,
             include=include,
             exclude=exclude,
+            output_transform=output_transform,
             progress=False,
         ).select(sparsity=0.0, scope=scope, floor=floor)
     _check_latency_budget(goal.budget, scope, granularity)
