@@ -252,3 +252,18 @@ def test_small_images_would_waste_most_of_a_tile(calls):
         node = traced.single_call(model.norm1)
         run_changed(traced, values, {node: torch.randn_like(values[node])})
     assert calls == []
+
+
+@pytest.mark.parametrize(("layer", "transformed"), [("last", 0), ("inner", 1), ("conv1", 3)])
+def test_weights_are_transformed_once_and_only_behind_what_is_scored(layer, transformed, monkeypatch):
+    found = []
+    original = ops.winograd_weight
+
+    def count(weight):
+        found.append(weight.shape)
+        return original(weight)
+
+    monkeypatch.setattr(ops, "winograd_weight", count)
+    model = ChainNet().eval()
+    fp.score(model, images() + images(2), granularity=fp.Unit(), include=[layer], progress=False)
+    assert len(found) == transformed

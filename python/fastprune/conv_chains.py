@@ -13,6 +13,7 @@ each value once. Where all channels of the input changed that is :func:`ops.upda
 from __future__ import annotations
 
 import operator
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -64,7 +65,7 @@ class ConvChain:
         self._addend = addend
         self._activation = activation
         self._weight = weight
-        self._winograd: Tensor | None = None
+        self._winograd: Callable[[], Tensor] | None = None
 
     @property
     def winograd_bytes(self) -> int:
@@ -76,11 +77,11 @@ class ConvChain:
         return 36 * -(-out_channels // 16) * 16 * in_channels * self._weight.element_size()
 
     def transform(self) -> Tensor:
-        """Return the weight that changes of a whole input take, once for all calls."""
+        """Return the weight that changes of a whole input take."""
         return ops.winograd_weight(self._scaled(self._weight))
 
-    def use(self, winograd: Tensor) -> None:
-        """Compute changes of a whole input by what ``transform`` gave."""
+    def use(self, winograd: Callable[[], Tensor]) -> None:
+        """Compute changes of a whole input by what ``transform`` gives, asked for at the first of them."""
         self._winograd = winograd
 
     def _scaled(self, weight: Tensor) -> Tensor:
@@ -118,7 +119,7 @@ class ConvChain:
             known,
             values[source],
             new_input,
-            self._winograd,
+            self._winograd(),
             *self._addends(values, whole, partial),
             padding=(top, bottom, left, right),
             activation=self._activation,

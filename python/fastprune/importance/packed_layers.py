@@ -8,6 +8,9 @@ is torch's faster one. The weights are packed once for all masks.
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, fx
@@ -55,7 +58,7 @@ class PackedLayers:
         self._winograd_bytes_left = int(memory_budget * _WINOGRAD_SHARE_OF_BUDGET)
         # With what they were made from, which stays alive, so that nothing else gets its id.
         self._packed: dict[int, tuple[BlockSparseTensor | Tensor | None, object]] = {}
-        self._transformed: dict[tuple[int, ...], tuple[Tensor | None, tuple[object, ...]]] = {}
+        self._transformed: dict[tuple[int, ...], tuple[Callable[[], Tensor] | None, tuple[object, ...]]] = {}
 
     def speed_up(self, traced: TracedModel) -> None:
         """Let a traced model compute its large layers by packed weights, as they are now."""
@@ -86,7 +89,8 @@ class PackedLayers:
         key = tuple(map(id, chain.sources))
         if key not in self._transformed:
             fits = chain.winograd_bytes <= self._winograd_bytes_left
-            self._transformed[key] = (chain.transform() if fits else None, chain.sources)
+            # Made when the first change of a whole input comes: before the scored layers none does.
+            self._transformed[key] = (functools.cache(chain.transform) if fits else None, chain.sources)
             self._winograd_bytes_left -= chain.winograd_bytes if fits else 0
         winograd, _ = self._transformed[key]
         if winograd is not None:
