@@ -46,6 +46,7 @@ DENSE_EPOCHS = 2
 ROUNDS = 3
 EPOCHS = 1
 SCORED_SNIPPETS = 256
+MAX_SPARSITY = 0.9  # of a layer: without a floor the ranking empties the feed-forward layers of the last half
 
 
 class Snippet(NamedTuple):
@@ -253,6 +254,7 @@ def shorten(
         granularity=fp.Block(16, 16),
         criterion=criterion,
         include=list(PROJECTIONS),
+        floor=fp.Floor(max_sparsity=MAX_SPARSITY),
         hard_label_weight=0.2,
         optimizer=make_optimizer,
         distillation={
@@ -263,6 +265,7 @@ def shorten(
             "max_grad_norm": 1.0,
         },
         example_inputs=example_inputs,
+        fold_batch_norm=True,  # there is none, but GELU goes into the layers in front of it
         max_samples=max_samples,
         checkpoint_dir=checkpoint_dir,
         progress=progress,

@@ -1,4 +1,4 @@
-"""Folding of batch norms and fusing of activations in sparsify_: what goes, what stays, and why."""
+"""Folding of batch norms in sparsify_: what goes, what stays, and why."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import copy
 
 import pytest
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 import fastprune as fp
@@ -80,80 +79,6 @@ def test_layers_without_masks_are_folded_too():
     assert model[0].bias.requires_grad
     torch.testing.assert_close(model(x), expected, rtol=1e-4, atol=1e-5)
     assert notes(model, "1") == "BatchNorm2d folded into 0"
-
-
-@pytest.mark.parametrize(
-    ("make", "name"), [(nn.ReLU, "relu"), (nn.ReLU6, "relu6"), (nn.SiLU, "silu"), (nn.GELU, "gelu")]
-)
-def test_activations_behind_swapped_layers_are_fused(make, name):
-    model = mask(SmallVGG(make).eval())
-    x = 3 * torch.randn(2, 3, 7, 5)
-    expected = model(x)
-    fold(model, x)
-    assert [model[index].activation for index in (0, 3, 6, 11, 14)] == [name, name, name, "relu", None]
-    assert all(type(model[index]) is nn.Identity for index in (1, 2, 4, 5, 7, 8, 12, 13))
-    assert notes(model, "2") == f"{make.__name__} folded into 0"
-    torch.testing.assert_close(model(x), expected, rtol=1e-4, atol=1e-5)
-
-
-def test_activations_behind_dense_layers_stay():
-    model = mask(SmallVGG().eval(), include=["3"])
-    x = torch.randn(2, 3, 7, 5)
-    expected = model(x)
-    fold(model, x)
-    assert type(model[2]) is nn.ReLU
-    assert type(model[5]) is nn.Identity
-    torch.testing.assert_close(model(x), expected, rtol=1e-4, atol=1e-5)
-
-
-def test_nothing_is_fused_where_the_model_stays_dense(fake_medians):
-    seconds = iter([])
-
-    def fake(functions, **options):
-        nonlocal seconds
-        if len(functions) > 1:
-            return [2.0, 1.0, 2.0, 1.0][: len(functions)]
-        value = next(seconds, None)
-        if value is None:
-            seconds = iter([2.0, 1.0, 2.0])
-            return [1.0]
-        return [value]
-
-    fake_medians(fake)
-    model = mask(SmallVGG().eval())
-    x = torch.randn(2, 3, 7, 5)
-    expected = model(x)
-    fold(model, x, policy="measured")
-    assert type(model[0]) is nn.Conv2d
-    assert type(model[2]) is nn.ReLU
-    assert "the whole model is slower" in fp.explain(model)
-    torch.testing.assert_close(model(x), expected, rtol=1e-4, atol=1e-5)
-
-
-class _Activations(nn.Module):
-    """Activations that no layer may take over: shared, read twice, hooked, or functions."""
-
-    def __init__(self):
-        super().__init__()
-        self.first, self.second, self.third, self.fourth = (nn.Conv2d(4, 4, 1) for _ in range(4))
-        self.shared, self.hooked, self.relu = nn.ReLU(), nn.ReLU(), nn.ReLU()
-        self.hooked.register_forward_hook(lambda module, inputs, output: output + 1)
-
-    def forward(self, x):
-        x = self.shared(self.second(self.shared(self.first(x))))
-        x = self.hooked(self.third(x))
-        y = self.fourth(x)
-        return F.relu(self.relu(y) + y)
-
-
-def test_activations_that_others_need_stay():
-    model = mask(_Activations(), fp.Block(4, 2))
-    x = torch.randn(2, 4, 5, 7)
-    expected = model(x)
-    fold(model, x, blocksize=(4, 2))
-    assert all(layer.activation is None for layer in (model.first, model.second, model.third, model.fourth))
-    assert type(model.shared) is type(model.relu) is nn.ReLU
-    torch.testing.assert_close(model(x), expected, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("affine", [True, False])

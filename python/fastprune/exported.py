@@ -147,6 +147,13 @@ class ExportedModel(TracedModel):
                     return None
         return calls[0]
 
+    def sole_module(self, node: fx.Node) -> nn.Module | None:
+        """Return the module that computes a node and nothing else, or None."""
+        module = self._modules.get(_module_path(node) or "")
+        names = {name for name, known in self._modules.items() if known is module}
+        computed = [other for other in self.nodes if not names.isdisjoint(_module_paths(other))]
+        return module if module is not None and computed == [node] else None
+
 
 def _export(model: nn.Module, batch: Batch) -> _Export | None:
     try:
@@ -191,6 +198,12 @@ def _join_batch_norms(graph: fx.Graph) -> None:
 def _module_path(node: fx.Node) -> str | None:
     stack = node.meta.get("nn_module_stack")
     return str(next(reversed(stack.values()))[0]) if stack else None
+
+
+def _module_paths(node: fx.Node) -> list[str]:
+    """Names of the modules in whose forward a node is; torch.export numbers further calls as name@1."""
+    stack = node.meta.get("nn_module_stack") or {}
+    return [str(path).split("@")[0] for path, _ in stack.values()]
 
 
 @contextlib.contextmanager

@@ -145,6 +145,11 @@ class TracedModel:
             return node if len(node.args) == 1 and not node.kwargs else None
         return None
 
+    def sole_module(self, node: fx.Node) -> nn.Module | None:
+        """Return the module that computes a node and nothing else, or None."""
+        module = self.module_of(node)
+        return module if module is not None and self.single_call(module) is node else None
+
     def _used(self, node: fx.Node) -> set[int]:
         """Ids of the modules and tensors of the model that a node uses."""
         if node not in self._uses:

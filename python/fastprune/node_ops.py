@@ -15,6 +15,7 @@ from torch import Tensor, fx, nn
 
 from .graph import TracedModel
 from .layers import has_forward_hooks, is_plain
+from .reference import ACTIVATIONS
 
 # act(x)[i] depends on x[i] alone, in eval mode.
 ELEMENTWISE_MODULES = (
@@ -264,3 +265,17 @@ def fused_activation(traced: TracedModel, node: fx.Node) -> str | None:
         name = "relu" if node.target == "relu" else _ACTIVATION_FUNCTIONS.get(node.target)
         approximate = node.kwargs.get("approximate", "none")
     return "gelu_tanh" if name == "gelu" and approximate == "tanh" else name
+
+
+def computes_activation(module: nn.Module, name: str) -> bool:
+    """Tell whether a module gives for a tensor the values of an activation and nothing else."""
+    if type(module) in ACTIVATION_MODULES:
+        return True
+    if has_forward_hooks(module) or next(module.parameters(), None) is not None:
+        return False
+    x = torch.linspace(-8.0, 8.0, 65)
+    try:
+        output = module(x)
+    except Exception:  # another forward may ask for anything
+        return False
+    return isinstance(output, Tensor) and torch.allclose(output, ACTIVATIONS[name](x), atol=1e-6)

@@ -15,7 +15,8 @@ from .modules import BlockSparseConv2d, BlockSparseLayer, BlockSparseLinear
 from .modules.fold import NORMS, identity_for
 from .modules.formats import is_channels_last
 from .modules.own_forward import has_own_forward
-from .node_ops import ACTIVATION_MODULES
+from .node_ops import ACTIVATION_MODULES, computes_activation
+from .reference import ACTIVATIONS
 
 FORMAT = 1
 PARTS = (
@@ -177,10 +178,16 @@ def identities(manifest: dict[str, Any], fresh: nn.Module) -> dict[str, nn.Modul
 
     """
     modules = dict(fresh.named_modules())
+    fused = {**manifest["block_sparse_linear"], **manifest["block_sparse_conv2d"]}
     found: dict[str, nn.Module] = {}
     for name, layer in manifest["folded"].items():
         old, target = modules.get(name), modules.get(layer) if isinstance(layer, str) else None
-        foldable = isinstance(old, (*NORMS, *ACTIVATION_MODULES)) or hasattr(old, "_fastprune_folded_into")
+        activation = fused.get(layer, {}).get("activation") if isinstance(layer, str) else None
+        foldable = (
+            isinstance(old, (*NORMS, *ACTIVATION_MODULES))
+            or hasattr(old, "_fastprune_folded_into")
+            or (old is not None and activation in ACTIVATIONS and computes_activation(old, activation))
+        )
         if not foldable or not isinstance(target, (nn.Linear, nn.Conv2d, BlockSparseLayer)):
             raise ValueError(
                 f"`fresh_model` does not fit: '{name}' must be a batch norm or activation to fold into the "

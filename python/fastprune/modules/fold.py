@@ -18,7 +18,7 @@ from ..granularity import is_scorable
 from ..graph import TracedModel
 from ..layers import has_forward_hooks, is_plain
 from ..masks import piece_mask_of
-from ..node_ops import fused_activation
+from ..node_ops import computes_activation, fused_activation
 from ..tracing import Traces
 from .base import is_trainable
 from .examples import record_inputs
@@ -177,10 +177,10 @@ def _activations(
         if node is not None and name in pairs:
             node = traced.batch_norm_of(node)
         node = None if node is None else traced.only_consumer(node)
-        module = None if node is None else traced.module_of(node)
-        if node is None or module is None or traced.single_call(module) is not node:
+        module = None if node is None else traced.sole_module(node)
+        activation = None if node is None else fused_activation(traced, node)
+        if module is None or activation in (None, "none"):
             continue
-        activation = fused_activation(traced, node)
-        if activation not in (None, "none"):
+        if computes_activation(module, str(activation)):
             found[name] = (names[id(module)], str(activation))
     return found
