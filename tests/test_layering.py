@@ -34,7 +34,7 @@ ORDER = (
     "importance",
     "modules.base", "modules.own_forward", "modules.linear", "modules.conv", "modules.swapping",
     "modules.examples", "modules.formats", "modules.choice", "modules.fold", "modules.convert",
-    "modules.latency", "modules",
+    "modules.density", "modules.latency", "modules",
     "metrics", "block_choice", "schedules", "regrowth", "resets", "pruning", "pruner",
     "gradients", "regularization", "capture", "distillation_losses", "learners", "distillation_rounds",
     "distillation", "saved_structure", "serialization",

@@ -19,7 +19,14 @@ from .importance import Calibration, Floor, ImportanceScores, Threshold, criteri
 from .latency import LatencyTable, LayerLatency
 from .masks import Budget, Masks, apply_masks_, remove_masks_
 from .metrics import Comparison, compare, evaluate
-from .modules import BlockSparseConv2d, BlockSparseLinear, explain, measure_latency, sparsify_
+from .modules import (
+    BlockSparseConv2d,
+    BlockSparseLinear,
+    explain,
+    measure_latency,
+    set_density,
+    sparsify_,
+)
 from .pruner import Pruner
 from .pruning import prune_
 from .regrowth import RigL
@@ -96,6 +103,7 @@ __all__ = [
     "save",
     "score",
     "set_cpu_isa",
+    "set_density",
     "soft_threshold_",
     "sparsify_",
     "supported_cpu_isas",

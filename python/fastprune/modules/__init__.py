@@ -4,6 +4,7 @@ from .base import BlockSparseLayer
 from .choice import clear_layer_seconds, explain
 from .conv import BlockSparseConv2d
 from .convert import leave_dense_, sparsify_
+from .density import set_density
 from .latency import measure_latency
 from .linear import BlockSparseLinear
 from .swapping import swap_modules
@@ -16,6 +17,7 @@ __all__ = [
     "explain",
     "leave_dense_",
     "measure_latency",
+    "set_density",
     "sparsify_",
     "swap_modules",
 ]

@@ -3,14 +3,50 @@
 from __future__ import annotations
 
 import abc
+from collections.abc import Callable, Hashable
+from numbers import Real
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from .. import reference
 from ..block_sparse import BlockSparseTensor
+
+Parts = tuple[Tensor, Tensor, Tensor]
+
+
+class RunningBlocks:
+    """The blocks of a layer that run, of those that it keeps.
+
+    Args:
+        parts: ``packed_values``, ``crow_indices`` and ``col_indices`` of the layer.
+        runs: bool ``[kept]``.
+
+    """
+
+    def __init__(self, parts: Parts, runs: Tensor) -> None:
+        packed_values, crow_indices, col_indices = parts
+        runs = runs.to(packed_values.device)
+        counts = F.pad(runs.cumsum(0), (1, 0))[crow_indices.long()]
+        self.indices = runs.nonzero()[:, 0]
+        self.crow_indices = counts.to(torch.int32)
+        self.col_indices = col_indices[runs]
+        self._values: Tensor | None = None
+        self._made_of: Hashable = None
+
+    def parts(self, packed_values: Tensor) -> Parts:
+        """Return what a kernel reads; values are gathered once, and again when the layer's have changed."""
+        if torch.compiler.is_compiling() or (torch.is_grad_enabled() and packed_values.requires_grad):
+            return packed_values[self.indices], self.crow_indices, self.col_indices
+        made_of = None
+        if not packed_values.is_inference():  # which count no changes
+            made_of = (packed_values.data_ptr(), packed_values._version, packed_values.dtype)
+        if self._values is None or made_of is None or made_of != self._made_of:
+            self._values, self._made_of = packed_values.detach()[self.indices], made_of
+        return self._values, self.crow_indices, self.col_indices
 
 
 class BlockSparseLayer(nn.Module, abc.ABC):
@@ -45,6 +81,7 @@ class BlockSparseLayer(nn.Module, abc.ABC):
         self.register_buffer("crow_indices", weight.crow_indices)
         self.register_buffer("col_indices", weight.col_indices)
         self.bias = None if bias is None else nn.Parameter(bias.detach().clone())
+        self._running: RunningBlocks | None = None
 
     @abc.abstractmethod
     def _matrix_shape(self, cols: int) -> tuple[int, int]:
@@ -84,6 +121,71 @@ class BlockSparseLayer(nn.Module, abc.ABC):
         blocks = (self.crow_indices.numel() - 1) * -(-self._matrix_shape(cols)[1] // cols)
         return self.packed_values.shape[0] / blocks if blocks else 1.0
 
+    @property
+    def running_density(self) -> float:
+        """Share of the kept blocks that run, see :meth:`set_density`."""
+        kept = self.packed_values.shape[0]
+        return 1.0 if self._running is None or not kept else len(self._running.indices) / kept
+
+    def set_density(self, density: float, scores: Tensor | None = None) -> None:
+        """Run only the most important of the kept blocks from now on; none is lost.
+
+        The layer computes as if the others were zero, at the speed of a layer without them. For inference
+        the values of those that run are copied, once for each call; in training gradients reach them
+        alone. A state dict holds all blocks and no density.
+
+        Example:
+            >>> layer.set_density(0.5)
+            >>> layer.running_density
+            0.5
+
+        Args:
+            density: share of the kept blocks, in [0, 1]; 1 runs all.
+            scores: ``[block_rows, block_cols]``, larger matters more; None for the sum of squares of a
+                block's weights, as they are now. Equal blocks run in the order they are stored.
+
+        Raises:
+            ValueError: ``density`` is out of range, or ``scores`` have another shape or NaN.
+
+        """
+        check_running_density(density)
+        self.run_blocks(top_share(self.block_importance(scores), density))
+
+    def block_importance(self, scores: Tensor | None = None) -> Tensor:
+        """Return the scores of the kept blocks, ``[kept]``, as :meth:`set_density` ranks them."""
+        if scores is None:
+            return self.packed_values.detach().double().square().sum((1, 2))
+        rows, cols = self.crow_indices.numel() - 1, self._matrix_shape(self.blocksize[1])[1]
+        grid = (rows, -(-cols // self.blocksize[1]))
+        if tuple(scores.shape) != grid or bool(scores.isnan().any()):
+            found = "NaN among them" if tuple(scores.shape) == grid else f"shape {list(scores.shape)}"
+            raise ValueError(f"`scores` must be numbers of shape {list(grid)}, got {found}")
+        scores = scores.to(self.col_indices.device)
+        row = torch.repeat_interleave(torch.arange(rows, device=scores.device), self.crow_indices.diff())
+        return scores[row, self.col_indices.long()]
+
+    def run_blocks(self, runs: Tensor) -> None:
+        """Run the kept blocks that are True in a bool ``[kept]``, and no others."""
+        parts = (self.packed_values.detach(), self.crow_indices, self.col_indices)
+        self._running = None if bool(runs.all()) else RunningBlocks(parts, runs)
+
+    def _parts(self) -> Parts:
+        """Return the blocks that run."""
+        if self._running is None:
+            return self.packed_values, self.crow_indices, self.col_indices
+        return self._running.parts(self.packed_values)
+
+    def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> BlockSparseLayer:
+        """Move or convert the module, with what runs of it."""
+        runs = None
+        if self._running is not None:
+            runs = torch.zeros(len(self.packed_values), dtype=torch.bool)
+            runs[self._running.indices.cpu()] = True
+        super()._apply(fn, recurse)
+        if runs is not None:
+            self.run_blocks(runs)
+        return self
+
     def _check_no_activation(self) -> None:
         if self.activation is not None:
             raise ValueError(f"to_dense would lose the fused activation '{self.activation}'")
@@ -115,6 +217,10 @@ class BlockSparseLayer(nn.Module, abc.ABC):
                 raise ValueError(
                     f"the state of '{prefix.rstrip('.')}' is no valid structure: {error}"
                 ) from error
+            indices = (self.crow_indices, self.col_indices)
+            pairs = zip(parts[1:], indices, strict=True)
+            if not all(torch.equal(part.to(own.device), own) for part, own in pairs):
+                self._running = None  # those were other blocks
             # The parameter and the buffers stay the same objects, as optimisers hold them.
             for name, part in zip(names, parts, strict=True):
                 own = getattr(self, name)
@@ -126,7 +232,22 @@ class BlockSparseLayer(nn.Module, abc.ABC):
     def _describe(self) -> str:
         """What ``repr`` prints of the blocks."""
         text = f"bias={self.bias is not None}, blocksize={self.blocksize}, density={self.density:.3f}"
+        if self._running is not None:
+            text += f", running_density={self.running_density:.3f}"
         return text if self.activation is None else f"{text}, activation={self.activation}"
+
+
+def check_running_density(density: float) -> None:
+    """Raise ValueError for what is no share of blocks."""
+    if isinstance(density, bool) or not isinstance(density, Real) or not 0 <= float(density) <= 1:
+        raise ValueError(f"`density` must be a number in [0, 1], got {density!r}")
+
+
+def top_share(importance: Tensor, share: float) -> Tensor:
+    """Return True for the largest of some numbers, a share of them; of equal ones the first."""
+    largest = torch.zeros(len(importance), dtype=torch.bool, device=importance.device)
+    largest[importance.argsort(descending=True, stable=True)[: round(share * len(importance))]] = True
+    return largest
 
 
 def is_trainable(module: nn.Module, parameter: str) -> bool:

@@ -305,9 +305,7 @@ class BlockSparseConv2d(BlockSparseLayer):
             images = images.contiguous(memory_format=torch.channels_last)
         output = ops.block_sparse_conv2d(
             images,
-            self.packed_values,
-            self.crow_indices,
-            self.col_indices,
+            *self._parts(),
             self.bias,
             out_channels=self.out_channels,
             kernel_size=self.kernel_size,

@@ -114,12 +114,16 @@ class BlockSparseLinear(BlockSparseLayer):
         # Attributes of modules are slow to read, 0.6 us each. A parametrized weight is no parameter of this
         # module; only then, and without a bias, is the slow way taken.
         parameters, buffers = self._parameters, self._buffers
-        packed_values, bias = parameters.get("packed_values"), parameters.get("bias")
+        own, bias = parameters.get("packed_values"), parameters.get("bias")
+        packed_values: Tensor = self.packed_values if own is None else own
+        crow_indices, col_indices = buffers["crow_indices"], buffers["col_indices"]
+        if self._running is not None:
+            packed_values, crow_indices, col_indices = self._running.parts(packed_values)
         return ops.block_sparse_linear(
             input,
-            self.packed_values if packed_values is None else packed_values,
-            buffers["crow_indices"],  # type: ignore[arg-type]
-            buffers["col_indices"],  # type: ignore[arg-type]
+            packed_values,
+            crow_indices,  # type: ignore[arg-type]
+            col_indices,  # type: ignore[arg-type]
             self.bias if bias is None else bias,
             out_features=self.out_features,
             activation=self.activation,
