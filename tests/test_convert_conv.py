@@ -353,7 +353,7 @@ def test_a_converted_model_trains_and_copies():
 def test_explain_lists_convolutions_that_were_built_by_hand():
     model = nn.Sequential(fp.BlockSparseConv2d.from_dense(nn.Conv2d(8, 16, 3, groups=2), (8, 4)))
     assert "16x36" in fp.explain(model)
-    assert choice(model, "0") == "sparse: not measured here"
+    assert choice(model, "0") == "sparse: not measured here, blocks of 8x4"
 
 
 def test_efficientnet_is_converted_with_its_own_padding():

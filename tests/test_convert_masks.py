@@ -59,7 +59,7 @@ def test_a_model_converted_under_inference_mode_trains():
     assert all(parameter.grad is not None for parameter in model.parameters())
 
 
-@pytest.mark.parametrize("granularity", [fp.Unit(), fp.Element()], ids=str)
+@pytest.mark.parametrize("granularity", [fp.Unit(), fp.InputUnit()], ids=str)
 def test_explain_tells_what_compress_pruned_though_it_stays_dense(granularity):
     loader = make_loader()
     result = fp.compress(make_model(), loader, loader, rounds=1, granularity=granularity, progress=False)

@@ -33,7 +33,7 @@ ORDER = (
     "importance.loss_delta", "importance.first_forward", "importance.eval_mode", "importance.scoring",
     "importance",
     "modules.base", "modules.own_forward", "modules.linear", "modules.conv", "modules.swapping",
-    "modules.examples", "modules.formats", "modules.choice", "modules.fold", "modules.convert",
+    "modules.examples", "modules.formats", "modules.choice", "modules.fold", "modules.block_sizes", "modules.convert",
     "modules.density", "modules.latency", "modules",
     "metrics", "block_choice", "schedules", "regrowth", "resets", "pruning", "pruner",
     "gradients", "regularization", "capture", "distillation_losses", "learners", "distillation_rounds",

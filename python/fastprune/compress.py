@@ -105,9 +105,9 @@ def compress(
     """Compress a copy of a model: in each round score it, prune the lowest pieces, distil, and measure.
 
     The sparsity grows so that each round keeps the same share of what is left, of the weights or of the
-    budget's cost. At the end of a round, a copy is converted: block masks become block-sparse layers where
-    those are faster (:func:`sparsify_`), other masks plain zeros. That copy is measured,
-    and the last is returned.
+    budget's cost. At the end of a round, a copy is converted: masks of blocks and of single weights become
+    block-sparse layers where those are faster (:func:`sparsify_`), other masks plain zeros. That copy is
+    measured, and the last is returned.
 
     Example:
         >>> result = fp.compress(model, train_loader, val_loader, sparsity=0.75, rounds=5)

@@ -17,7 +17,7 @@ from torch import nn
 from .batches import keep_generators, model_device
 from .checkpoints import Checkpoints
 from .distillation import distill
-from .granularity import Block, Granularity, GranularityRule
+from .granularity import Block, Element, Granularity, GranularityRule
 from .importance import Floor, ImportanceScores, score
 from .importance.scopes import Scope
 from .importance.scores_file import granularity_from_json, granularity_to_json
@@ -219,15 +219,16 @@ class CompressionRun:
         return Goal(None, dataclasses.replace(budget, costs=costs))
 
     def _converted(self, student: nn.Module) -> nn.Module:
-        """Return what runs: block-sparse layers where blocks are masked, plain zeros for other masks."""
+        """Return what runs: block-sparse layers for blocks and single weights, plain zeros for other masks."""
         compressed = copy.deepcopy(student)
         granularity = self._granularity()
-        if not isinstance(granularity, Block):
+        if not isinstance(granularity, (Block, Element)):
             return leave_dense_(compressed, f"{granularity} masks leave plain zeros")
+        blocksize = (granularity.rows, granularity.cols) if isinstance(granularity, Block) else "auto"
         return sparsify_(
             compressed,
             example_inputs=self.example_inputs,
-            blocksize=(granularity.rows, granularity.cols),
+            blocksize=blocksize,
             fold_batch_norm=self.fold_batch_norm,
         )
 

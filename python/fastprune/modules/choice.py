@@ -123,6 +123,8 @@ def explain(model: nn.Module) -> str:
         if choice is None:
             continue
         reason = choice.reason
+        if isinstance(module, BlockSparseLayer):
+            reason += ", blocks of {}x{}".format(*module.blocksize)
         if isinstance(module, BlockSparseLayer) and runs_dense(module.packed_values):
             reason += ", through its dense weight on CUDA"
         ratio = "-"

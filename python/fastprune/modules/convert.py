@@ -15,6 +15,7 @@ from ..layers import check_model, has_forward_hooks, is_plain
 from ..masks import piece_mask_of, remove_masks_
 from ..timing import WORTHWHILE
 from .base import BlockSparseLayer
+from .block_sizes import block_sizes_for
 from .choice import LayerChoice, layer_seconds
 from .conv import BlockSparseConv2d, cuts_groups
 from .examples import example_batches, record_inputs
@@ -31,7 +32,7 @@ def sparsify_(
     model: nn.Module,
     *,
     example_inputs: Any,
-    blocksize: tuple[int, int] = (16, 16),
+    blocksize: tuple[int, int] | str = "auto",
     policy: str = "measured",
     fold_batch_norm: bool = False,
 ) -> nn.Module:
@@ -51,7 +52,9 @@ def sparsify_(
         model: a model with masks (see :func:`apply_masks_`).
         example_inputs: a tensor, a tuple (positional inputs), a dict (keyword inputs), or a list of these
             for several batch sizes; the choice is made for their total time.
-        blocksize: ``(rows, cols)``; blocks of which a mask left nothing are skipped.
+        blocksize: ``(rows, cols)``; blocks of which a mask left nothing are skipped. "auto" for the size that
+            suits each layer's mask: 16x16, 8x8, 8x1, 4x1 or, for single weights, 1x1; where two come close
+            both are measured.
         policy: "measured", or "always" to convert every masked layer that can be.
         fold_batch_norm: for inference: batch norms that are alone behind a Linear or Conv2d, on the way that
             the first of ``example_inputs`` takes through the model, become a part of it, with the statistics
@@ -65,7 +68,8 @@ def sparsify_(
 
     """
     check_model(model)
-    check_blocksize(blocksize)
+    if blocksize != "auto":
+        check_blocksize(blocksize)  # type: ignore[arg-type]
     if policy not in ("measured", "always"):
         raise ValueError(f"`policy` must be 'measured' or 'always', got {policy!r}")
     if not isinstance(fold_batch_norm, bool):
@@ -95,10 +99,7 @@ def sparsify_(
         choices: dict[str, LayerChoice] = {}
         replacements: dict[str, BlockSparseLayer] = {}
         for name, module in layers.items():
-            reason = why_dense(model, name, module, inputs[name], blocksize, policy)
-            sparse, choices[name] = _convert(
-                module, masks[name], blocksize, reason, inputs[name], policy, device
-            )
+            sparse, choices[name] = _best(model, name, masks[name], blocksize, inputs[name], policy, device)
             if sparse is not None:
                 replacements[name] = sparse
         swapped = {**replacements, **_fuse(model, folding, replacements)}
@@ -192,6 +193,35 @@ def _why_conv_dense(module: nn.Module, inputs: list[Tensor], blocksize: tuple[in
         if not only_pads(module, inputs):
             return f"{kind} has a forward of its own that does more than change the input"
     return None
+
+
+def _best(
+    model: nn.Module,
+    name: str,
+    mask: Tensor,
+    blocksize: tuple[int, int] | str,
+    inputs: list[Tensor],
+    policy: str,
+    device: torch.device,
+) -> tuple[BlockSparseLayer | None, LayerChoice]:
+    """The block-sparse module for one layer in the blocks that suit it, if any is to be used, and the choice."""
+    module = model.get_submodule(name)
+    sizes = block_sizes_for(mask) if isinstance(blocksize, str) else [blocksize]
+    best: tuple[BlockSparseLayer | None, LayerChoice] | None = None
+    for size in sizes if policy == "measured" else sizes[:1]:
+        reason = why_dense(model, name, module, inputs, size, policy)
+        found = _convert(module, mask, size, reason, inputs, policy, device)
+        if best is None or _seconds(found[1]) < _seconds(best[1]):
+            best = found
+    assert best is not None
+    return best
+
+
+def _seconds(choice: LayerChoice) -> float:
+    """Sparse seconds over dense ones, which were measured beside them; infinite where nothing was."""
+    if choice.dense_seconds is None or choice.sparse_seconds is None:
+        return float("inf")
+    return choice.sparse_seconds / choice.dense_seconds
 
 
 def _convert(
