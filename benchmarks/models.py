@@ -79,6 +79,35 @@ class VGG16(nn.Sequential):
         super().__init__(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(channels, classes))
 
 
+class EncoderLayer(nn.Module):
+    """A layer of BERT (Devlin et al. 2019): attention and two feed-forward layers, each added and normed."""
+
+    def __init__(self, features: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.query, self.key, self.value, self.output = (nn.Linear(features, features) for _ in range(4))
+        self.intermediate, self.activation = nn.Linear(features, 4 * features), nn.GELU()
+        self.projection = nn.Linear(4 * features, features)
+        self.attention_norm, self.output_norm = nn.LayerNorm(features), nn.LayerNorm(features)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the layer's output for ``[N, tokens, features]``."""
+        heads = (
+            part(x).unflatten(-1, (self.heads, -1)).transpose(1, 2)
+            for part in (self.query, self.key, self.value)
+        )
+        mixed = F.scaled_dot_product_attention(*heads).transpose(1, 2).flatten(2)
+        x = self.attention_norm(x + self.output(mixed))
+        return self.output_norm(x + self.projection(self.activation(self.intermediate(x))))
+
+
+class Encoder(nn.Sequential):
+    """Layers in the shape of BERT-base's, whose embeddings are left out."""
+
+    def __init__(self, layers: int = 6, features: int = 768, heads: int = 12) -> None:
+        super().__init__(*(EncoderLayer(features, heads) for _ in range(layers)))
+
+
 class SentenceClassifier(nn.Module):
     """A BERT whose outputs are averaged over the tokens of a sentence, and a Linear."""
 

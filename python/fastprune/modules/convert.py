@@ -58,8 +58,8 @@ def sparsify_(
         policy: "measured", or "always" to convert every masked layer that can be.
         fold_batch_norm: for inference: batch norms that are alone behind a Linear or Conv2d, on the way that
             the first of ``example_inputs`` takes through the model, become a part of it, with the statistics
-            of eval mode, and ``nn.Identity``; so do ReLU, ReLU6, SiLU and GELU modules behind a layer that
-            is swapped. The model must be one that torch.fx or torch.export can trace.
+            of eval mode, and ``nn.Identity``; so do modules that compute ReLU, ReLU6, SiLU or GELU behind a
+            layer that is swapped. The model must be one that torch.fx or torch.export can trace.
 
     Raises:
         TypeError: ``model`` is no module or ``example_inputs`` of no known kind.
