@@ -66,6 +66,8 @@ class LossDeltas:
         norms: layer name to the name of the batch norm whose channels go with units.
         coupled: groups of layers whose units are masked together.
         memory_budget: bytes that the values of a traced model and what is computed from them may take.
+        from_predictions: deltas are of the loss against the probabilities that the unmasked model gives,
+            not against the targets of the batches.
 
     """
 
@@ -80,7 +82,14 @@ class LossDeltas:
         norms: dict[str, str],
         coupled: Coupled,
         memory_budget: int,
+        from_predictions: bool = False,
     ) -> None:
+        if from_predictions and not loss.is_plain_cross_entropy:
+            raise ValueError(
+                "`loss_fn` must be cross-entropy without weights or label smoothing for loss deltas from "
+                f"predictions, got {loss.loss_fn!r}"
+            )
+        self.from_predictions = from_predictions
         self.model = model
         self.layers = layers
         self.granularities = granularities
@@ -147,7 +156,7 @@ class LossDeltas:
             return sys.maxsize
         values = traced.run(probe)
         logits = read_logits(values[traced.output_node], self.output_transform)
-        losses, _ = self.loss(logits, probe.targets, probe.size)
+        losses, _ = self.loss(logits, self._targets(probe, logits), probe.size)
         if losses.dim() == 0:  # the mean of a loss function that may weigh its samples
             return sys.maxsize
         count = samples_at_once(values, probe.size, self.memory_budget)
@@ -158,7 +167,8 @@ class LossDeltas:
         values = None if traced is None else traced.run(batch)
         output = batch.fresh().call(self.model) if values is None else values[traced.output_node]  # type: ignore[union-attr]
         logits = read_logits(output, self.output_transform)
-        losses, weight = self.loss(logits, batch.targets, batch.size)
+        targets = self._targets(batch, logits)
+        losses, weight = self.loss(logits, targets, batch.size)
         if not bool(losses.isfinite().all()):
             where = self._where_not_finite(traced, values or {})
             raise ValueError(f"the loss is NaN or inf in batch {self.num_batches} of `loader`{where}")
@@ -166,9 +176,9 @@ class LossDeltas:
         self.total_weight += weight
         for name in self.sums:
             call = None if values is None else self._call(traced, values, name)  # type: ignore[arg-type]
-            deltas = None if call is None else self._fused(name, call, batch, logits)
+            deltas = None if call is None else self._fused(name, call, targets, logits)
             if deltas is None:
-                deltas = self._one_by_one(name, call, batch, losses, last)
+                deltas = self._one_by_one(name, call, batch, targets, losses, last)
             elif last:  # of a batch: the progress bar counts each piece once for it
                 self.advance(len(deltas))
             if not bool(deltas.isfinite().all()):
@@ -235,9 +245,12 @@ class LossDeltas:
         norms = [self._norm_of(member) for member in (name, *others)]
         return [*(self.layers[other] for other in others), *(norm for norm in norms if norm is not None)]
 
-    def _fused(self, name: str, call: _Call, batch: Batch, logits: Tensor) -> Tensor | None:
+    def _targets(self, batch: Batch, logits: Any) -> Any:
+        """What the loss is against: for predictions probabilities, whose cross-entropy only grows."""
+        return logits.double().softmax(1) if self.from_predictions else batch.targets
+
+    def _fused(self, name: str, call: _Call, targets: Any, logits: Tensor) -> Tensor | None:
         """Deltas by one kernel, or None where there is none."""
-        targets = batch.targets
         if (
             len(call.units) > 1
             or not self.loss.is_plain_cross_entropy
@@ -260,7 +273,9 @@ class LossDeltas:
             None if bool(kept.all()) else kept.to(logits.dtype),
         )
 
-    def _one_by_one(self, name: str, call: _Call | None, batch: Batch, losses: Tensor, last: bool) -> Tensor:
+    def _one_by_one(
+        self, name: str, call: _Call | None, batch: Batch, targets: Any, losses: Tensor, last: bool
+    ) -> Tensor:
         """Deltas by one masked suffix, or one masked forward, for each piece."""
         outputs = None if call is None else _masked_suffixes(call, self.pieces[name])
         if outputs is None:
@@ -277,7 +292,7 @@ class LossDeltas:
             for index, output in enumerate(outputs):
                 if output is not None:
                     logits = read_logits(output, self.output_transform)
-                    masked_losses, _ = self.loss(logits, batch.targets, batch.size)
+                    masked_losses, _ = self.loss(logits, targets, batch.size)
                     deltas[index] = (masked_losses - losses).sum()
                 if last:
                     self.advance(1)

@@ -43,7 +43,7 @@ from ..masks import piece_mask_of
 from ..tracing import Traces
 from .calibration import Calibration, weight_shape_of
 from .chunks import PROBE_SAMPLES, default_memory_budget
-from .criteria import CRITERIA
+from .criteria import CRITERIA, LossDelta
 from .criterion import Criterion, Findings, UserCriterion, evaluate, name_of
 from .eval_mode import EvalMode
 from .first_forward import find_norms, first_forward, fitting_norms
@@ -59,7 +59,7 @@ def check_criterion(criterion: str | UserCriterion) -> None:
 def needs_data(criterion: str | UserCriterion) -> bool:
     """Tell whether a criterion reads the loader, or raise ValueError for one that does not exist."""
     chosen = _chosen(criterion)
-    return chosen is None or (isinstance(chosen, Criterion) and chosen.needs_data)
+    return isinstance(chosen, Criterion) and chosen.needs_data
 
 
 def score(
@@ -93,7 +93,8 @@ def score(
             "random", which read one batch of it to count FLOPs.
         criterion: "loss_delta", the name of a class of ``fp.criteria`` ("magnitude", "gradient",
             "gradient_change", "taylor", "fisher", "activation", "wanda", "random"), such an object with
-            options, or any callable from a :class:`Calibration` to a dict of scores.
+            options, as ``fp.criteria.LossDelta(targets="predictions")`` is, or any callable from a
+            :class:`Calibration` to a dict of scores.
         granularity: ``fp.Block(rows, cols)``, ``fp.Unit()``, ``fp.InputUnit()``, ``fp.Head()``,
             ``fp.Element()``, ``fp.Layer()`` or ``fp.ParameterTensor()``; "auto" chooses the blocks by
             measured latency and loss, as :class:`AutoBlock` does, which has options.
@@ -152,7 +153,7 @@ def score(
         if loader is not None:
             probe = source.first().head(PROBE_SAMPLES)
             first = first_forward(model, layers, granularities, probe)
-        if chosen is None:
+        if isinstance(chosen, LossDelta):
             assert probe is not None
             traced = _trace_of(traces, probe)
         elif granularity.masks_norms or couples or getattr(chosen, "needs_trace", False):
@@ -162,10 +163,19 @@ def score(
             norms = fitting_norms(norms, layers, first)
         coupled = _coupled(traced, probe, layers) if couples else ()
         shapes = {name: weight_shape_of(module, granularities[name], name) for name, module in layers.items()}
-        if chosen is None:
+        if isinstance(chosen, LossDelta):
             assert loader is not None
             deltas = LossDeltas(
-                model, layers, granularities, loss, output_transform, traces, norms, coupled, memory_budget
+                model,
+                layers,
+                granularities,
+                loss,
+                output_transform,
+                traces,
+                norms,
+                coupled,
+                memory_budget,
+                from_predictions=chosen.targets == "predictions",
             )
             found = _loss_deltas(deltas, source, progress)
         else:
@@ -224,14 +234,14 @@ def _coupled(traced: TracedModel | None, batch: Batch | None, layers: dict[str, 
     return coupled_layers(traced, traced.run(batch), layers)
 
 
-def _chosen(criterion: object) -> UserCriterion | None:
-    """The callable to ask, None for the exact loss delta."""
+def _chosen(criterion: object) -> UserCriterion:
+    """The callable to ask, or a LossDelta, which says what deltas are of."""
     if callable(criterion) and not isinstance(criterion, type):
         return criterion
     names = ("loss_delta", *CRITERIA)
     if not isinstance(criterion, str) or criterion not in names:
         raise ValueError(f"`criterion` must be one of {', '.join(names)}, got {criterion!r}")
-    return None if criterion == "loss_delta" else CRITERIA[criterion]()
+    return LossDelta() if criterion == "loss_delta" else CRITERIA[criterion]()
 
 
 class _Source:

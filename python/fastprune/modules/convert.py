@@ -98,7 +98,7 @@ def sparsify_(
         inputs = record_inputs(model, layers, batches)
         choices: dict[str, LayerChoice] = {}
         replacements: dict[str, BlockSparseLayer] = {}
-        for name, module in layers.items():
+        for name in layers:
             sparse, choices[name] = _best(model, name, masks[name], blocksize, inputs[name], policy, device)
             if sparse is not None:
                 replacements[name] = sparse
@@ -204,7 +204,7 @@ def _best(
     policy: str,
     device: torch.device,
 ) -> tuple[BlockSparseLayer | None, LayerChoice]:
-    """The block-sparse module for one layer in the blocks that suit it, if any is to be used, and the choice."""
+    """The block-sparse module for one layer, in the blocks that suit it, or None, and the choice."""
     module = model.get_submodule(name)
     sizes = block_sizes_for(mask) if isinstance(blocksize, str) else [blocksize]
     best: tuple[BlockSparseLayer | None, LayerChoice] | None = None
