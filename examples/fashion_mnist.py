@@ -28,7 +28,7 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -43,7 +43,13 @@ from fastprune.metrics import count_flops, count_parameters
 from fastprune.timing import interleaved_medians
 
 NETWORKS: dict[str, Callable[[], nn.Module]] = {"VGG": Vgg, "ResNet-18": ResNet18}
-CRITERIA = ("loss_delta", "magnitude", "taylor")
+# Exact loss deltas against the dense network's predictions, and against the labels; and cheaper stand-ins.
+CRITERIA: dict[str, Any] = {
+    "predictions": fp.criteria.LossDelta(targets="predictions"),
+    "loss_delta": "loss_delta",
+    "magnitude": "magnitude",
+    "taylor": "taylor",
+}
 NOT_PRUNED = ("first", "last")
 BATCH_SIZES = (1, 32)
 
@@ -152,7 +158,7 @@ def compress(
         rounds=recipe.rounds,
         epochs=recipe.round_epochs,
         granularity=fp.Block(16, 16),
-        criterion=criterion,
+        criterion=CRITERIA[criterion],
         exclude=NOT_PRUNED,
         floor=fp.Floor(max_sparsity=recipe.max_layer_sparsity),
         temperature=recipe.temperature,

@@ -58,7 +58,7 @@ def run(example, name, criterion, folder=None):
     return dense, result, example.measure(dense, [result.model], loaders.test), loaders
 
 
-@pytest.mark.parametrize(("name", "criterion"), [("VGG", "loss_delta"), ("ResNet-18", "taylor")])
+@pytest.mark.parametrize(("name", "criterion"), [("VGG", "loss_delta"), ("ResNet-18", "predictions")])
 def test_ninety_percent_go_and_the_first_and_the_last_layer_keep_all(example, name, criterion):
     dense, result, figures, loaders = run(example, name, criterion)
     layers = {
