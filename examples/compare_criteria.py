@@ -2,6 +2,7 @@
 
 Run: python examples/compare_criteria.py [--data-dir FOLDER] [--plot FILE]
 
+"predictions" is the exact delta against what the network predicts, all others look at labels or weights.
 One-shot: blocks of 8x8 are pruned at once, the lowest of the whole model, and nothing is trained
 afterwards. The digits come with scikit-learn; --data-dir names the folder of Fashion-MNIST's IDX files.
 """
@@ -21,7 +22,10 @@ import fastprune as fp
 from fastprune.demo import Data, load_digits_data, load_idx_data, train
 
 SPARSITIES = (0.5, 0.75, 0.9)
-CRITERIA = ("loss_delta", "|loss_delta|", "taylor", "fisher", "gradient", "wanda", "magnitude", "random")
+CRITERIA = (
+    "loss_delta", "|loss_delta|", "predictions", "taylor", "fisher", "gradient", "wanda", "magnitude",
+    "random",
+)  # fmt: skip
 CALIBRATION_SAMPLES = 1000
 
 Row = tuple[str, list[float], float]
@@ -46,8 +50,9 @@ def compare(data: Data, epochs: int) -> tuple[float, list[Row]]:
         if exact is not None and criterion == "|loss_delta|":
             scores = exact.absolute()
         else:
+            chosen = fp.criteria.LossDelta(targets="predictions") if criterion == "predictions" else criterion
             scores = fp.score(
-                model, calibration, criterion=criterion, granularity=fp.Block(8, 8), progress=False
+                model, calibration, criterion=chosen, granularity=fp.Block(8, 8), progress=False
             )
         exact = scores if exact is None else exact
         accuracies = []
