@@ -219,7 +219,7 @@ class CompressionRun:
         return Goal(None, dataclasses.replace(budget, costs=costs))
 
     def _converted(self, student: nn.Module) -> nn.Module:
-        """Return what runs: block-sparse layers for blocks and single weights, plain zeros for other masks."""
+        """Return what runs: block-sparse layers for blocks and single weights, plain zeros for others."""
         compressed = copy.deepcopy(student)
         granularity = self._granularity()
         if not isinstance(granularity, (Block, Element)):
