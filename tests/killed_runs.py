@@ -2,7 +2,8 @@
 
 test_compress_killed.py runs this in a process of its own, which forks: nothing but a kill can stop a run as
 abruptly, and a fork need not import torch again. Prints one JSON line: for each run when it was killed, how
-many rounds had been finished, how many were distilled afterwards, and whether the model has the same bits.
+many rounds had been finished, how many were distilled afterwards, whether the model has the same bits, and
+which half-written files are left.
 """
 
 from __future__ import annotations
@@ -96,7 +97,11 @@ def main(parent):
             same = weights.keys() == expected.keys() and all(
                 torch.equal(weights[key], expected[key]) for key in expected
             )
-            entry = {"distilled": len(distilled), "same": same and found == accuracies}
+            entry = {
+                "distilled": len(distilled),
+                "same": same and found == accuracies,
+                "left": [path.name for path in folder.glob(".*")],
+            }
             log.write_text(json.dumps(entry))
 
         _, failed = os.waitpid(fork(go_on), 0)

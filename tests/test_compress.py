@@ -156,7 +156,7 @@ def test_the_round_before_the_accuracy_fell_too_low_is_returned(tmp_path, monkey
             model, train, val, sparsity=1 - 0.4 ** (1 / 3), rounds=1, granularity=BLOCK, progress=False
         )
     options = {**OPTIONS, "max_accuracy_drop": 0.05, "checkpoint_dir": tmp_path}
-    for accuracies in ([0.9, 0.88, 0.8], [0.9]):  # the second time the finished rounds are read
+    for accuracies in ([0.9, 0.88, 0.8], []):  # the second time all is read
         with monkeypatch.context() as patch:
             _accuracies(patch, accuracies)
             result = fp.compress(model, train, val, **options)
@@ -168,7 +168,7 @@ def test_the_round_before_the_accuracy_fell_too_low_is_returned(tmp_path, monkey
 def test_a_first_round_that_is_too_low_gives_the_dense_model_back(tmp_path, monkeypatch):
     model, train, val = task()
     options = {**OPTIONS, "max_accuracy_drop": 0.05, "checkpoint_dir": tmp_path}
-    for accuracies in ([0.9, 0.1], [0.9]):
+    for accuracies in ([0.9, 0.1], []):
         with monkeypatch.context() as patch:
             _accuracies(patch, accuracies)
             result = fp.compress(model, train, val, **options)
@@ -193,21 +193,28 @@ def test_a_drop_that_is_just_allowed_goes_on(monkeypatch):
     assert len(result.history) == 3
 
 
-def test_each_round_has_a_seed_of_its_own(monkeypatch):
+def test_scoring_and_distillation_of_each_round_have_seeds_of_their_own(monkeypatch):
     model, train, val = task()
+    functions = {name: getattr(run_module, name) for name in ("score", "distill")}
     drawn = []
-    distill = run_module.distill
+    for name in functions:
 
-    def spy(*args, **kwargs):
-        drawn.append((torch.initial_seed(), random.random(), float(np.random.rand())))
-        return distill(*args, **kwargs)
+        def spy(*args, function=functions[name], **kwargs):
+            drawn.append((torch.initial_seed(), random.random(), float(np.random.rand())))
+            return function(*args, **kwargs)
 
-    monkeypatch.setattr(run_module, "distill", spy)
+        monkeypatch.setattr(run_module, name, spy)
     for _ in range(2):
         fp.compress(model, train, val, **OPTIONS)
-    assert drawn[:3] == drawn[3:]
-    for values in zip(*drawn[:3], strict=True):
-        assert len(set(values)) == 3
+    assert drawn[:6] == drawn[6:]
+    for values in zip(*drawn[:6], strict=True):
+        assert len(set(values)) == 6
+
+
+def test_three_quarters_go_unless_something_else_is_asked_for():
+    model, train, val = task()
+    result = fp.compress(model, train, val, **{**OPTIONS, "rounds": 1, "sparsity": None})
+    assert result.history[-1]["target_sparsity"] == 0.75
 
 
 @pytest.mark.parametrize("teacher", ["original", "previous"])

@@ -84,14 +84,14 @@ def test_costs_of_a_budget_are_measured_once_and_kept(tmp_path, monkeypatch):
     model, train, val = task()
     measured = []
 
-    def measure(model, *, granularity, **options):
-        measured.append(granularity)
+    def measure(model, *, granularity, include, exclude, **options):
+        measured.append((granularity, include, exclude))
         return linear_table(model, granularity)
 
     monkeypatch.setattr(run_module, "measure_latency", measure)
-    options = {**WITHOUT_SPARSITY, "budget": fp.Budget(latency=0.5)}
+    options = {**WITHOUT_SPARSITY, "budget": fp.Budget(latency=0.5), "include": nn.Linear, "exclude": "9"}
     expected = fp.compress(model, train, val, **options)
-    assert measured == [BLOCK]
+    assert measured == [(BLOCK, nn.Linear, "9")]
     with monkeypatch.context() as patch:
         patch.setattr(run_module, "distill", _stop)
         with pytest.raises(KeyboardInterrupt):

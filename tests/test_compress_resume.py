@@ -153,10 +153,17 @@ def test_a_finished_run_is_read_and_not_repeated(tmp_path, monkeypatch):
         ("epochs", 2),
         ("granularity", fp.Block(4, 2)),
         ("criterion", "magnitude"),
+        ("include", ["0", "3"]),
+        ("exclude", "3"),
         ("scope", "layer"),
+        ("floor", fp.Floor(max_sparsity=0.9)),
         ("teacher", "previous"),
         ("temperature", 3.0),
         ("hard_label_weight", 0.1),
+        ("loss_fn", nn.CrossEntropyLoss()),
+        ("output_transform", torch.clone),
+        ("optimizer", torch.optim.Adam),
+        ("fold_batch_norm", True),
         ("max_samples", 10),
         ("max_accuracy_drop", 0.5),
         ("seed", 7),
@@ -172,6 +179,25 @@ def test_a_directory_of_a_run_with_other_arguments_is_refused(tmp_path, argument
     ):
         fp.compress(model, train, val, **{**options, argument: value}, checkpoint_dir=tmp_path)
     assert {name: (tmp_path / name).read_bytes() for name in os.listdir(tmp_path)} == before
+
+
+def test_scores_that_cannot_be_written_stop_the_run(tmp_path, monkeypatch):
+    def full(*args, **kwargs):
+        raise ValueError("no space is left")
+
+    monkeypatch.setattr(importlib.import_module("fastprune.importance.scores_file"), "save_file", full)
+    model, train, val = task()
+    with pytest.raises(ValueError, match="no space is left"):
+        fp.compress(model, train, val, **OPTIONS, checkpoint_dir=tmp_path)
+
+
+def test_a_directory_of_a_run_to_another_budget_is_refused(tmp_path):
+    model, train, val = task()
+    options = {**OPTIONS, "rounds": 1, "sparsity": None, "checkpoint_dir": tmp_path}
+    fp.compress(model, train, val, **options, budget=fp.Budget(params=0.5))
+    for budget in (fp.Budget(params=0.4), fp.Budget(flops=0.5)):
+        with pytest.raises(ValueError, match=r"other arguments \(budget\)"):
+            fp.compress(model, train, val, **options, budget=budget)
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", "{}", '{"settings": 3}', '{"settings": {}, "history": []}'])

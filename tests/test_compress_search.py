@@ -74,6 +74,7 @@ def test_the_largest_sparsity_that_holds_is_returned(tmp_path, monkeypatch):
     result = fp.compress(model, train, val, **options)
     assert [probe["sparsity"] for probe in result.probes] == [0.5, 0.75, 0.625, 0.6875, 0.7188]
     assert [probe["holds"] for probe in result.probes] == [True, False, True, True, False]
+    assert [probe["accuracy"] for probe in result.probes] == [0.9, 0.8, 0.9, 0.9, 0.8]
     assert len(result.history) == 2
     assert result.history[-1]["target_sparsity"] == 0.6875
     assert result.dense_accuracy == 0.9
@@ -123,6 +124,9 @@ def test_all_that_is_allowed_is_tried_and_nothing_above(monkeypatch):
     result = fp.compress(model, train, val, **OPTIONS, max_accuracy_drop=0.05, sparsity=0.8)
     assert [probe["sparsity"] for probe in result.probes] == [0.5, 0.75, 0.8]
     assert result.history[-1]["target_sparsity"] == 0.8
+    options = {**OPTIONS, "rounds": 1, "max_accuracy_drop": 0.05, "tolerance": 0.3}
+    result = fp.compress(model, train, val, **options)  # from 0.75 it is no further than the tolerance
+    assert [probe["sparsity"] for probe in result.probes] == [0.5, 0.99]
 
 
 def test_where_nothing_holds_the_dense_model_comes_back(monkeypatch):

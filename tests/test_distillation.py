@@ -247,6 +247,18 @@ def test_the_history_has_loss_accuracy_and_seconds_of_each_epoch():
         assert entry["seconds"] > 0
 
 
+def test_each_epoch_has_a_loss_and_an_accuracy_of_its_own():
+    torch.manual_seed(2)
+    student, teacher, batches = mlp(), mlp(), classification_batches((33, 15))
+    again = copy.deepcopy(student)
+    options = {"hard_label_weight": 1.0, "optimizer": lambda p: torch.optim.SGD(p, 1.0), "progress": False}
+    together = fp.distill(student, teacher, batches, epochs=3, **options)
+    alone = [fp.distill(again, teacher, batches, epochs=1, **options)[0] for _ in range(3)]
+    assert len({entry["accuracy"] for entry in together}) > 1
+    for entry, expected in zip(together, alone, strict=True):
+        assert (entry["loss"], entry["accuracy"]) == (expected["loss"], expected["accuracy"])
+
+
 def test_a_block_sparse_student_trains_and_keeps_its_structure():
     student, x = masked_mlp(0.5)
     fp.sparsify_(student, example_inputs=x, blocksize=(4, 4), policy="always")

@@ -153,6 +153,13 @@ def test_a_1x1_convolution_is_the_linear_map_of_the_channels():
     torch.testing.assert_close(projection(features), linear, rtol=1e-5, atol=1e-6)
 
 
+def test_features_in_half_precision_are_compared_in_float32():
+    ours, theirs = ({"a": torch.randn(129, 151).to(torch.bfloat16)} for _ in range(2))
+    loss = fp.FeatureLoss({"a": "a"})(ours, theirs)
+    assert loss.dtype == torch.float32
+    assert float(loss) == pytest.approx(squared_error(ours["a"], theirs["a"]), rel=1e-5)
+
+
 def test_no_gradient_flows_to_the_teacher():
     ours, theirs = torch.randn(4, 3, requires_grad=True), torch.randn(4, 3, requires_grad=True)
     fp.FeatureLoss({"a": "x"})({"a": ours}, {"x": theirs}).backward()

@@ -216,6 +216,37 @@ def test_weights_with_a_small_gradient_do_not_move_and_the_others_as_without_thr
     assert any(not torch.equal(p, old) for p, old in zip(model.parameters(), before, strict=True))
 
 
+def test_a_gradient_of_just_the_threshold_counts():
+    for thresholds in ({"local": 0.25}, {"global_": 0.5}):
+        model = nn.Sequential(nn.Linear(4, 1, bias=False))
+        model[0].weight.grad = torch.full((1, 4), 0.25)  # of norm 1/2
+        before = model[0].weight.detach().clone()
+        assert int(fp.zero_small_gradients_(model, **thresholds)) == 0
+        optimizer = sgd(model)
+        fp.GradientThreshold(optimizer, **thresholds)
+        optimizer.step()
+        assert bool((model[0].weight != before).all())
+
+
+def test_a_threshold_that_is_removed_leaves_no_hook():
+    optimizer = sgd(mlp())
+    threshold = fp.GradientThreshold(optimizer, local=0.1)
+    assert optimizer._optimizer_step_pre_hooks
+    threshold.remove()
+    assert not optimizer._optimizer_step_pre_hooks
+    assert not optimizer._optimizer_step_post_hooks
+
+
+def test_a_parameter_without_a_gradient_is_left_alone_by_weight_decay():
+    model = nn.ModuleList([nn.Linear(3, 2), nn.Linear(3, 2)])
+    accumulator = fp.GradientAccumulator(torch.optim.SGD(model.parameters(), 0.1, weight_decay=0.5))
+    x = torch.randn(4, 3)
+    accumulator.backward((model[0](x) + model[1](x)).sum())
+    before = model[1].weight.detach().clone()
+    accumulator.backward(model[0](x).sum())
+    assert torch.equal(model[1].weight, before)
+
+
 @pytest.mark.parametrize("fused", [False, True])
 @pytest.mark.parametrize("threshold", [{"local": 0.01}, {"global_": 0.1}], ids=str)
 def test_a_threshold_reads_gradients_unscaled(fused, threshold):

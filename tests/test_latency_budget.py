@@ -204,6 +204,18 @@ def test_a_layer_that_saves_more_and_more_is_weighed_as_a_whole():
     assert masks["late"].tolist() == [False, False, True, True]
 
 
+def test_of_the_counts_of_a_step_that_are_fast_enough_the_one_with_the_least_loss_goes():
+    # One piece saves 1 s, two 1.5 s: the step of both has the better ratio, and its second score is below 0.
+    latency = fp.LayerLatency(10.0, (0.0, 1 / 3, 2 / 3, 1.0), (0.0, 8.5, 9.0, 10.0))
+    costs = fp.LatencyTable({"a": latency})
+    scores = make_scores({"a": ([-2.0, -2.0, 50.0], (3, 10))}, fp.Unit())
+    assert Curve.of(scores["a"], torch.zeros(3, dtype=torch.bool), [latency]).steps() == [0, 2, 3]
+    masks = scores.select(budget=fp.Budget(latency=0.95, costs=costs))
+    assert masks["a"].tolist() == [False, False, True]
+    positive = make_scores({"a": ([2.0, 2.0, 50.0], (3, 10))}, fp.Unit())
+    assert positive.select(budget=fp.Budget(latency=0.95, costs=costs))["a"].tolist() == [False, True, True]
+
+
 @hypothesis.given(layers_with(st.integers(-3, 9)), st.integers(0, 99))
 def test_steps_are_the_corners_of_the_hull_of_what_saves_time(layers, seed):
     for curve in Case(layers, 1.0, seed).curves.values():

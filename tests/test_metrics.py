@@ -13,7 +13,14 @@ from torch import nn
 import fastprune as fp
 from fastprune import metrics
 from fastprune.batches import Batch
-from fastprune.metrics import converted_layers, count_bytes, count_flops, count_parameters
+from fastprune.metrics import (
+    converted_layers,
+    count_bytes,
+    count_flops,
+    count_parameters,
+    measure_costs,
+)
+from fastprune.modules.examples import example_batches
 from helpers import Snapshot, classification_batches, masked_mlp, mlp
 from networks import SharedLayer, SmallConvNet, WritesIntoInput
 
@@ -220,6 +227,16 @@ def test_flags_come_back_after_an_example_that_does_not_fit(quick):
         fp.compare(dense, compressed, classification_batches(), example_inputs=torch.randn(2, 8))
     for snapshot in snapshots:
         snapshot.assert_unchanged()
+
+
+def test_costs_are_those_in_eval_mode_and_change_no_batch_norm(quick):
+    model = nn.Sequential(nn.Linear(7, 9), nn.BatchNorm1d(9), nn.Dropout(0.5)).train()
+    modes = []
+    model[2].register_forward_hook(lambda module, inputs, output: modes.append(module.training))
+    snapshot = Snapshot(model)
+    measure_costs([model], example_batches(torch.randn(3, 7), torch.device("cpu")))
+    snapshot.assert_unchanged()
+    assert set(modes) == {False}
 
 
 def test_the_real_latency_is_measured_for_both():

@@ -257,6 +257,36 @@ def test_a_state_of_something_else_is_refused_and_changes_nothing():
     snapshot.assert_unchanged()
 
 
+@pytest.mark.parametrize(
+    ("argument", "value"),
+    [
+        ("criterion", "random"),
+        ("scope", "layer"),
+        ("floor", fp.Floor(max_sparsity=0.9)),
+        ("cost", "bytes"),
+        ("removed", "random"),
+        ("regrowth", fp.RigL(end=4, every=1)),
+        ("seed", 1),
+    ],
+)
+def test_the_state_of_a_pruner_with_another_argument_is_refused(argument, value):
+    options = {"schedule": fp.LinearSchedule(0.5, end=4)}
+    other = Loop(**options, **{argument: value})
+    with pytest.raises(ValueError, match=f"a pruner with other arguments: {argument}$"):
+        Loop(**options).pruner.load_state_dict(other.pruner.state_dict())
+
+
+def test_who_writes_into_a_state_changes_no_pruner():
+    loop = Loop(schedule=fp.OneShotSchedule(0.5))
+    before = loop.pruner.masks["0"].clone()
+    state = loop.pruner.state_dict()
+    state["masks"]["0"].zero_()
+    assert torch.equal(loop.pruner.masks["0"], before)
+    loop.pruner.load_state_dict(state)
+    state["masks"]["0"].fill_(True)
+    assert not loop.pruner.masks["0"].any()
+
+
 @pytest.mark.parametrize("removed", ["random", "mean"])
 def test_pieces_that_are_overwritten_learn_on_and_do_not_go_again(removed):
     schedule = fp.LinearSchedule(0.6, end=3)

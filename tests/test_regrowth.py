@@ -41,6 +41,14 @@ def test_an_exchange_drops_the_weakest_and_grows_the_largest_gradients(size, den
     assert set(new.nonzero().flatten().tolist()) == left | set(wanted[:count])
 
 
+def test_a_share_that_rounding_puts_below_a_whole_number_is_that_number():
+    assert 0.29 * 100 < 29
+    keep = torch.arange(200) < 100
+    norms, gradients = torch.arange(200.0), torch.arange(200.0)
+    new = exchange(keep, norms, gradients, torch.zeros(200, dtype=torch.bool), 0.29)
+    assert new.nonzero().flatten().tolist() == [*range(29, 100), *range(171, 200)]
+
+
 def test_the_share_decays_by_a_cosine():
     rigl = fp.RigL(0.4, begin=100, end=1000, every=100)
     for step in (0, 100, 500, 900):
@@ -207,3 +215,62 @@ def test_layers_that_are_frozen_keep_their_pieces():
     pruner.step()
     assert torch.equal(pruner.masks["0"], before["0"])
     assert not torch.equal(pruner.masks["2"], before["2"])
+
+
+def test_heads_are_exchanged():
+    model = nn.Sequential(nn.Linear(12, 5))
+    pruner = fp.Pruner(
+        model,
+        schedule=fp.OneShotSchedule(0.5),
+        granularity=fp.Head(4),
+        include="0",
+        regrowth=fp.RigL(0.9, end=9, every=1),
+    )
+    before = pruner.masks["0"]
+    assert int(before.sum()) == 2
+    # The gradient is that of the inputs: largest in a head that is removed, and none in the others.
+    grown = int((~before).nonzero()[1])
+    inputs = torch.zeros(3, 12)
+    inputs[:, 3 * grown : 3 * grown + 3] = 1.0
+    norms = model[0].weight.detach().view(5, 4, 3).norm(dim=(0, 2))
+    weakest = int(norms.where(before, torch.inf).argmin())
+    model(inputs).sum().backward()
+    pruner.step()
+    expected = before.clone()
+    expected[weakest], expected[grown] = False, True
+    assert torch.equal(pruner.masks["0"], expected)
+
+
+def test_a_floor_holds_for_pieces_whose_weights_are_zero():
+    model = mlp(17, 33, 5)
+    with torch.no_grad():
+        model[0].weight[:4] = 0.0
+        model[0].bias[:4] = -9.0  # behind the ReLU no gradient reaches them
+    pruner = fp.Pruner(
+        model,
+        schedule=fp.OneShotSchedule(0.6),
+        scope="layer",
+        granularity=fp.Block(4, 4),
+        floor=fp.Floor(blocks_per_row=1),
+        regrowth=fp.RigL(0.5, end=20, every=1),
+    )
+    state = pruner.state_dict()
+    state["masks"]["0"][0] = torch.arange(5) == 0  # as a grown block that has not moved yet
+    pruner.load_state_dict(state)
+    ((inputs, targets),) = classification_batches((9,), (17,))
+    F.cross_entropy(model(inputs), targets).backward()
+    pruner.step()
+    assert pruner.masks["0"][0].tolist() == [True, False, False, False, False]
+
+
+def test_gradients_are_watched_in_the_step_before_an_exchange_alone():
+    model = mlp(17, 33, 5)
+    options = {"schedule": fp.OneShotSchedule(0.5), "granularity": fp.Block(4, 4)}
+    pruner = fp.Pruner(model, **options, regrowth=fp.RigL(end=4, every=2))
+    watched = []
+    for _ in range(6):
+        watched.append(sum(len(module._forward_hooks) for module in model.modules()))
+        for inputs, targets in classification_batches((9,), (17,)):
+            F.cross_entropy(model(inputs), targets).backward()
+        pruner.step()
+    assert watched == [0, 2, 0, 2, 0, 0]

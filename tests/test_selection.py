@@ -283,6 +283,36 @@ def test_no_layer_loses_more_than_the_largest_share(share):
 
 
 @pytest.mark.filterwarnings("ignore:fastprune. floors")
+def test_a_largest_share_that_rounding_puts_above_a_whole_number_is_that_number():
+    assert (1 - 0.7) * 10 > 3
+    scores = make_scores({"a": (list(range(10)), (10, 1))}, fp.Unit())
+    assert kept(scores.select(threshold=99.0, floor=fp.Floor(max_sparsity=0.7))) == {"a": 3}
+
+
+def test_a_sparsity_that_rounding_puts_below_a_whole_number_is_that_number():
+    assert 0.29 * 100 < 29
+    scores = make_scores({"a": (list(range(100)), (100, 1))}, fp.Unit())
+    assert kept(scores.select(sparsity=0.29)) == {"a": 71}
+
+
+@pytest.mark.filterwarnings("ignore:fastprune. floors")
+def test_a_floor_of_units_counts_heads():
+    scores = make_scores({"a": ([3.0, 1.0, 2.0, 0.0], (5, 12))}, fp.Head(4))
+    masks = scores.select(threshold=99.0, floor=fp.Floor(units=2))
+    assert masks["a"].tolist() == [True, False, True, False]
+
+
+def test_coupled_units_are_gone_where_they_are_pruned_in_each_of_their_layers():
+    torch.manual_seed(1)
+    scores = fp.score(TiedNet(), images(), granularity=fp.Unit(coupled=True), progress=False)
+    units = torch.arange(len(scores[TIED[0][0]]))
+    scores.pruned = {name: units < 1 + index for index, name in enumerate(TIED[0])}
+    masks = scores.select(sparsity={})
+    for name in TIED[0]:
+        assert torch.equal(masks[name], units > 0)
+
+
+@pytest.mark.filterwarnings("ignore:fastprune. floors")
 def test_several_floors_all_hold_and_globs_choose_among_them():
     scores = three_layers()
     both = scores.select(threshold=99.0, floor=fp.Floor(units=1, max_sparsity=0.5))

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
-from .files import write_atomically
+from .files import remove_stale_temporaries, write_atomically
 from .importance import ImportanceScores
+from .importance.scores_file import has_file_format
 from .serialization import load, save
+
+_FILES = re.compile(r"state\.json|round_\d{3,}(_compressed|_scores)?\.safetensors")
 
 
 def name_of(function: Any) -> str | None:
@@ -41,6 +44,7 @@ class Checkpoints:
     ``round_000.safetensors`` is the masked student, which training goes on from;
     ``round_000_compressed.safetensors`` what it becomes, to be loaded into the dense architecture;
     ``round_000_scores.safetensors`` the scores that it was pruned by, which are there before the round is.
+    What a run that was killed within a write left half written is removed.
 
     Args:
         directory: None keeps everything in memory.
@@ -63,6 +67,7 @@ class Checkpoints:
         if self.directory is not None:
             self.directory.mkdir(parents=True, exist_ok=True)
             self._read(self.directory / "state.json")
+            remove_stale_temporaries(self.directory, _FILES)
 
     def _read(self, path: Path) -> None:
         if not path.exists():
@@ -114,9 +119,9 @@ class Checkpoints:
 
     def save_scores(self, round_index: int, scores: ImportanceScores) -> None:
         """Keep the scores of a round; those of a granularity of the user's own have no file format."""
-        if self.directory is not None:
-            with contextlib.suppress(ValueError):
-                scores.save(self._path(round_index, "_scores"))
+        own = (scores.granularity, *scores.granularities.values())
+        if self.directory is not None and all(map(has_file_format, own)):
+            scores.save(self._path(round_index, "_scores"))
 
     def commit(self, student: nn.Module, compressed: nn.Module, entry: dict[str, Any]) -> None:
         """Write a round; it counts once the JSON file names it."""

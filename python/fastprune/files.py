@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
+
+# As write_atomically names them: what is written, and the process that writes.
+_TEMPORARY = re.compile(r"\.(?P<target>.+)\.(?P<process>[1-9][0-9]*)\.tmp")
 
 
 def write_atomically(path: str | os.PathLike[str], write: Any) -> None:
@@ -27,6 +31,37 @@ def write_atomically(path: str | os.PathLike[str], write: Any) -> None:
         os.replace(temporary, target)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def remove_stale_temporaries(directory: Path, targets: re.Pattern[str]) -> None:
+    """Remove what :func:`write_atomically` left of processes that were killed while they wrote.
+
+    Example:
+        >>> remove_stale_temporaries(Path("run"), re.compile("round_.*"))
+
+    Args:
+        directory: whose own files are looked at.
+        targets: the whole names of the files that were to be written; others' temporary files stay.
+
+    """
+    for path in directory.iterdir():
+        found = _TEMPORARY.fullmatch(path.name)
+        if found is None or not targets.fullmatch(found["target"]) or not path.is_file():
+            continue
+        process = int(found["process"])
+        # Containers give a later run the number of the one that was killed.
+        if process == os.getpid() or not _is_running(process):
+            path.unlink(missing_ok=True)
+
+
+def _is_running(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except PermissionError:  # another user's
+        return True
+    except (ProcessLookupError, OverflowError):
+        return False
+    return True
 
 
 def state_digest(model: nn.Module) -> str:

@@ -127,7 +127,6 @@ def _neighbours_mean(tensor: Tensor, keep: Tensor, granularity: Granularity) -> 
     rows, cols = _strides(granularity)
     if tensor.dim() == 1:
         values, kept = tensor.view(-1, 1, 1).double(), keep.view(-1, 1, 1)
-        cols = None
     else:
         values, kept = weight_as_taps(tensor).double(), weight_as_taps(keep)
     if isinstance(granularity, Head) and granularity.num_heads is not None:

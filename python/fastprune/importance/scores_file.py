@@ -25,6 +25,11 @@ _GRANULARITIES = {
 _TENSORS = ("scores", "pruned", "means")
 
 
+def has_file_format(granularity: Granularity) -> bool:
+    """Tell whether a granularity is one of fastprune's own, which another process can read."""
+    return _GRANULARITIES.get(type(granularity).__name__) is type(granularity)
+
+
 def granularity_to_json(granularity: Granularity) -> dict[str, Any]:
     """Return a granularity as its class's name and fields.
 
@@ -32,7 +37,7 @@ def granularity_to_json(granularity: Granularity) -> dict[str, Any]:
         ValueError: it is not one of fastprune's own, which no other process could read.
 
     """
-    if _GRANULARITIES.get(type(granularity).__name__) is not type(granularity):
+    if not has_file_format(granularity):
         raise ValueError(f"scores of a granularity of your own cannot be saved: {granularity}")
     fields = dataclasses.asdict(granularity)
     return {"kind": type(granularity).__name__, **fields}
