@@ -11,7 +11,7 @@ from torch import nn
 
 import fastprune as fp
 from block_sparse_cases import HALF, ROUNDING
-from helpers import masked_mlp
+from helpers import masked_mlp, mlp
 from networks import SmallConvNet
 
 MIXED = {"weight_dtype": torch.bfloat16}
@@ -20,8 +20,8 @@ MIXED = {"weight_dtype": torch.bfloat16}
 def _close(found, wanted, dtype, roundings=2):
     """Compare within some roundings of the largest value: torch's own sums are rounded too."""
     assert found.shape == wanted.shape
-    error = float((found.double() - wanted.double()).abs().max())
-    assert error <= roundings * ROUNDING[dtype][0] * float(wanted.double().abs().max())
+    error = (found.double() - wanted.double()).abs().max()
+    assert error <= roundings * ROUNDING[dtype][0] * wanted.double().abs().max()
 
 
 @pytest.mark.parametrize("dtype", HALF)
@@ -157,7 +157,7 @@ def _saved(convert, path):
 @pytest.mark.parametrize("into", ["dense", "sparse"])
 def test_a_saved_model_keeps_its_weights_dtype(tmp_path, into):
     model, x = _saved(MIXED, tmp_path / "model.safetensors")
-    fresh = masked_mlp()[0] if into == "dense" else _saved(MIXED, tmp_path / "other.safetensors")[0]
+    fresh = mlp(17, 33, 10) if into == "dense" else _saved(MIXED, tmp_path / "other.safetensors")[0]
     loaded = fp.load(tmp_path / "model.safetensors", fresh)
     assert loaded[0].packed_values.dtype == torch.bfloat16
     assert torch.equal(loaded(x), model(x))
@@ -170,11 +170,11 @@ def test_a_saved_half_model_goes_into_a_half_model_alone(tmp_path):
     model, x = masked_mlp()
     fp.sparsify_(model.bfloat16(), example_inputs=x.bfloat16(), blocksize=(4, 4), policy="always")
     fp.save(model, tmp_path / "model.safetensors")
-    loaded = fp.load(tmp_path / "model.safetensors", masked_mlp()[0].bfloat16())
+    loaded = fp.load(tmp_path / "model.safetensors", mlp(17, 33, 10).bfloat16())
     assert torch.equal(loaded(x.bfloat16()), model(x.bfloat16()))
     for other in (torch.float32, torch.float64, torch.float16):
         with pytest.raises(ValueError, match="must be torch"):
-            fp.load(tmp_path / "model.safetensors", masked_mlp()[0].to(other))
+            fp.load(tmp_path / "model.safetensors", mlp(17, 33, 10).to(other))
 
 
 @pytest.mark.parametrize("wrong", [torch.float32, torch.float64, torch.int8, "bfloat16"])
