@@ -1,8 +1,9 @@
-"""Weights of 16 bits, which few samples are bound by reading, against those of 32 and torch's dense layers."""
+"""Weights of 16 bits, which few samples are bound by reading, against those of 32 and dense layers."""
 
 from __future__ import annotations
 
 import copy
+import functools
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from layers import assert_close, make_layer, name_of
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
+@functools.lru_cache(maxsize=1)
 def _rounded(shape: tuple[int, int], blocksize: tuple[int, int], dtype: torch.dtype) -> fp.BlockSparseLinear:
     """Return a layer with float32 activations, its weights rounded to 16 bits; 75 % sparse."""
     layer = make_layer(*shape, blocksize, 0.75)

@@ -37,6 +37,4 @@ def assert_matches(output: Tensor, wanted: Tensor, terms: int) -> None:
     unit = 1e-15 if output.dtype == torch.float64 else 4e-7
     tolerance = unit * max(8 * max(terms, 1) ** 0.5, 0.6 * terms)
     relative, absolute = ROUNDING.get(output.dtype, (0.0, 0.0))
-    torch.testing.assert_close(
-        output.double(), wanted, rtol=unit + relative, atol=tolerance + absolute
-    )
+    torch.testing.assert_close(output.double(), wanted, rtol=unit + relative, atol=tolerance + absolute)

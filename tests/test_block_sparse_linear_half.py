@@ -30,7 +30,9 @@ def run(input: Tensor, weight: fp.BlockSparseTensor, bias: Tensor | None = None,
     )
 
 
-def expected(input: Tensor, weight: fp.BlockSparseTensor, bias: Tensor | None = None, activation=None) -> Tensor:
+def expected(
+    input: Tensor, weight: fp.BlockSparseTensor, bias: Tensor | None = None, activation=None
+) -> Tensor:
     bias = None if bias is None else bias.double()
     return reference.block_sparse_linear(
         input.double(),
@@ -220,7 +222,11 @@ def test_gradients_match_float64(
 @pytest.mark.parametrize("dtype", HALF)
 def test_gradients_of_gradients_match_float64(dtype: torch.dtype) -> None:
     weight = make_weight(20, 30, (16, 8), 0.5, dtype)
-    factors = torch.randn(9, 20), torch.randn(9, 30), torch.randn_like(weight.packed_values, dtype=torch.float32)
+    factors = (
+        torch.randn(9, 20),
+        torch.randn(9, 30),
+        torch.randn_like(weight.packed_values, dtype=torch.float32),
+    )
 
     def second(input: Tensor, values: Tensor, function) -> tuple[Tensor, ...]:
         output = function(input, values, weight.crow_indices, weight.col_indices, out_features=20)
@@ -236,7 +242,7 @@ def test_gradients_of_gradients_match_float64(dtype: torch.dtype) -> None:
     assert [x.dtype for x in found] == [torch.float32, dtype, torch.float32]
     for gradient, exact in zip(found, wanted, strict=True):
         # The factor of the weight's gradient is rounded to the weight's dtype on its way back.
-        assert float((gradient.double() - exact).abs().max()) < 4 * ROUNDING[dtype][0] * float(exact.abs().max())
+        assert (gradient.double() - exact).abs().max() < 4 * ROUNDING[dtype][0] * exact.abs().max()
 
 
 @pytest.mark.parametrize("input_dtype", [torch.bfloat16, torch.float32])
@@ -245,9 +251,7 @@ def test_opcheck(name: str, input_dtype: torch.dtype) -> None:
     weight = make_weight(20, 30, (16, 8), 0.5, torch.bfloat16)
     grad = name != "_inference"
     values = weight.packed_values.requires_grad_(grad)
-    input, grad_output = (
-        torch.randn(4, size, dtype=input_dtype, requires_grad=grad) for size in (30, 20)
-    )
+    input, grad_output = (torch.randn(4, size, dtype=input_dtype, requires_grad=grad) for size in (30, 20))
     bias = torch.randn(20, dtype=input_dtype, requires_grad=grad)
     indices = (weight.crow_indices, weight.col_indices)
     arguments = {
@@ -279,6 +283,16 @@ def test_autocast_reads_weights_as_they_are(input_dtype: torch.dtype, autocast_d
     assert_matches(alone, expected(input, weight), 30)
 
 
+def test_on_cuda_weights_beside_float32_are_widened_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.Tensor, "is_cuda", True)
+    values = torch.randn(2, 4, 4).bfloat16().requires_grad_()
+    widened = ops._widened_on_cuda(torch.ones(1, 8), values)
+    assert widened.dtype == torch.float32
+    widened.sum().backward()
+    assert values.grad.dtype == torch.bfloat16
+    assert ops._widened_on_cuda(torch.ones(1, 8).bfloat16(), values) is values
+
+
 BF16, F16, F32, F64 = torch.bfloat16, torch.float16, torch.float32, torch.float64
 
 
@@ -294,7 +308,7 @@ BF16, F16, F32, F64 = torch.bfloat16, torch.float16, torch.float32, torch.float6
     ],
 )
 def test_dtypes_that_do_not_go_together_are_named(dtypes: tuple[torch.dtype, ...], name: str) -> None:
-    input, values, bias = (torch.ones(size, dtype=dtype) for size, dtype in zip((8, 8, 8), dtypes, strict=True))
+    input, values, bias = (torch.ones(8, dtype=dtype) for dtype in dtypes)
     weight = fp.BlockSparseTensor.from_dense(values.expand(8, 8), (4, 4))
     with pytest.raises(ValueError, match=f"`{name}` must have dtype"):
         run(input, weight, bias)

@@ -68,8 +68,7 @@ inline ScalarType computed_dtype(const char* op, const char* name, const Tensor&
     case ScalarType::BFloat16:
       return ScalarType::Float;
     default:
-      throw_value_error(op, ": `", name,
-                        "` must have dtype Float, Double, Half or BFloat16, got ",
+      throw_value_error(op, ": `", name, "` must have dtype Float, Double, Half or BFloat16, got ",
                         dtype_text(tensor.scalar_type()));
   }
 }

@@ -85,8 +85,8 @@ inline Tensor empty_tensor(const Tensor& like, const std::vector<int64_t>& shape
 inline Tensor as_dtype(const Tensor& tensor, torch::headeronly::ScalarType dtype) {
   if (tensor.scalar_type() == dtype) return tensor;
   const std::vector<int64_t> shape(tensor.sizes().begin(), tensor.sizes().end());
-  const Tensor result = empty_strided_tensor(tensor, static_cast<int32_t>(dtype), shape,
-                                             contiguous_strides(shape));
+  const Tensor result =
+      empty_strided_tensor(tensor, static_cast<int32_t>(dtype), shape, contiguous_strides(shape));
   STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_copy_(result.get(), tensor.get(), /*non_blocking=*/0));
   return result;
 }

@@ -26,17 +26,16 @@ double value_of(W number) {
   const int mantissa = number.bits & ((1 << mantissa_size) - 1);
   const int exponent = number.bits >> mantissa_size & (2 * bias + 1);
   const double magnitude =
-      exponent == 0
-          ? std::ldexp(mantissa, 1 - bias - mantissa_size)
-          : std::ldexp(mantissa + (1 << mantissa_size), exponent - bias - mantissa_size);
+      exponent == 0 ? std::ldexp(mantissa, 1 - bias - mantissa_size)
+                    : std::ldexp(mantissa + (1 << mantissa_size), exponent - bias - mantissa_size);
   return number.bits >> 15 ? -magnitude : magnitude;
 }
 
 // Random numbers below 4, denormal ones among them.
 template <class W>
 std::vector<W> random_weights(int64_t count) {
-  const int largest = ((1 << (14 - mantissa_bits(W{}))) << mantissa_bits(W{})) +
-                      (1 << mantissa_bits(W{})) - 1;
+  const int largest =
+      ((1 << (14 - mantissa_bits(W{}))) << mantissa_bits(W{})) + (1 << mantissa_bits(W{})) - 1;
   std::uniform_int_distribution<int> magnitude(0, largest), sign(0, 1);
   std::vector<W> weights(count);
   for (W& weight : weights) {
@@ -57,8 +56,15 @@ void test_few_samples(int64_t samples, int64_t in_features, int64_t out_features
 
   BlockProductArgs<float, W> args;
   args.input = {input.data(), samples, in_features, stride};
-  args.weight = {values.data(), pattern.crow.data(), pattern.col.data(), nullptr,
-                 pattern.block_rows, rows, cols, 1, rows};
+  args.weight = {values.data(),
+                 pattern.crow.data(),
+                 pattern.col.data(),
+                 nullptr,
+                 pattern.block_rows,
+                 rows,
+                 cols,
+                 1,
+                 rows};
   args.bias = bias.data();
   args.activation = Activation::kRelu;
   const auto product = few_samples_product_of<W>(cpu_kernels());

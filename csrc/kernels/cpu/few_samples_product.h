@@ -7,7 +7,7 @@
 namespace fastprune {
 
 // Beyond these, widening all weights once and multiplying them as float is no slower (AVX2, one
-// thread, 75 % sparse: at 32 samples it takes 1.1 to 1.9 times as long, at 48 0.9 to 1.4 times;
+// thread, 75 % sparse: at 32 samples it takes 1.1 to 2.0 times as long, at 48 0.9 to 1.4 times;
 // docs/kernels.md).
 constexpr int64_t kMostFewSamples = 32;
 

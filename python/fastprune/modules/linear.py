@@ -68,9 +68,9 @@ class BlockSparseLinear(BlockSparseLayer):
             blocksize: ``(rows, cols)``, each from 1 to 128; the last blocks are padded where needed.
             mask: bool ``[block_rows, block_cols]``, True = keep; None keeps blocks with a nonzero.
             activation: None, "relu", "relu6", "gelu", "gelu_tanh" or "silu", fused.
-            weight_dtype: torch.bfloat16 or torch.float16 to round the weights of a float32 layer to it; inputs,
-                bias, sums and outputs stay float32. On the CPU a call with few samples gets faster, as it
-                reads half as many bytes. None keeps the layer's dtype.
+            weight_dtype: torch.bfloat16 or torch.float16 to round the weights of a float32 layer to it;
+                inputs, bias, sums and outputs stay float32. On the CPU few samples get faster, as half as
+                many bytes are read. None keeps the layer's dtype.
 
         Raises:
             TypeError: ``linear`` is no ``nn.Linear``.
@@ -81,7 +81,9 @@ class BlockSparseLinear(BlockSparseLayer):
             raise TypeError(f"`linear` must be a torch.nn.Linear, got {type(linear).__name__}")
         check_weight_dtype(weight_dtype)
         if weight_dtype is not None and linear.weight.dtype != torch.float32:
-            raise ValueError(f"`weight_dtype` is for layers of torch.float32, got one of {linear.weight.dtype}")
+            raise ValueError(
+                f"`weight_dtype` is for layers of torch.float32, got one of {linear.weight.dtype}"
+            )
         with torch.no_grad():
             weight = BlockSparseTensor.from_dense(linear.weight, blocksize, mask)
             if weight_dtype is not None:
