@@ -2,8 +2,8 @@
 # namespace of that name; kernels/cpu/dispatch.cpp chooses at run time.
 set(FASTPRUNE_KERNEL_FLAGS -O3 -ffp-contract=fast -fno-math-errno -fno-trapping-math -Wno-psabi)
 set(FASTPRUNE_ISA_FLAGS_baseline)
-set(FASTPRUNE_ISA_FLAGS_avx2 -mavx2 -mfma)
-set(FASTPRUNE_ISA_FLAGS_avx512 -mavx512f -mavx512dq -mavx512bw -mavx512vl -mavx2 -mfma)
+set(FASTPRUNE_ISA_FLAGS_avx2 -mavx2 -mfma -mf16c)
+set(FASTPRUNE_ISA_FLAGS_avx512 -mavx512f -mavx512dq -mavx512bw -mavx512vl -mavx2 -mfma -mf16c)
 set(FASTPRUNE_ISAS baseline)
 if(CMAKE_SYSTEM_PROCESSOR MATCHES "^(x86_64|AMD64|amd64)$")
   list(APPEND FASTPRUNE_ISAS avx2 avx512)

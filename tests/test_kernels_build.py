@@ -19,8 +19,8 @@ COMPILER = os.environ.get("CXX") or shutil.which("g++") or shutil.which("c++")
 IS_X86 = platform.machine() in ("x86_64", "AMD64")
 ISA_FLAGS = {
     "baseline": [],
-    "avx2": ["-mavx2", "-mfma"],
-    "avx512": ["-mavx512f", "-mavx512dq", "-mavx512bw", "-mavx512vl", "-mavx2", "-mfma"],
+    "avx2": ["-mavx2", "-mfma", "-mf16c"],
+    "avx512": ["-mavx512f", "-mavx512dq", "-mavx512bw", "-mavx512vl", "-mavx2", "-mfma", "-mf16c"],
 }
 SANITIZERS = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-O1", "-g1"]
 
@@ -86,7 +86,8 @@ def test_kernels_run_clean_under_the_sanitizers(tmp_path: Path) -> None:
         pytest.skip(f"the compiler has no sanitizers: {linked.stderr.decode()[:200]}")
     isas = ["baseline", "avx2", "avx512"] if IS_X86 else ["baseline"]
     objects = compile_kernels(tmp_path, isas, SANITIZERS)
-    for stem in ("kernels_sanitized", "convolutions_sanitized", "conv_changes_sanitized"):
+    stems = ("kernels_sanitized", "few_samples_sanitized", "convolutions_sanitized", "conv_changes_sanitized")
+    for stem in stems:
         program = tmp_path / stem
         source = ROOT / "tests" / "cpp" / f"{stem}.cpp"
         command = [str(COMPILER), "-std=gnu++17", *SANITIZERS, f"-I{KERNELS}", str(source)]

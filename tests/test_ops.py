@@ -55,13 +55,19 @@ def test_a_converted_model_exports(layers):
     torch.testing.assert_close(exported.module()(input), layers[0](input))
 
 
+@pytest.mark.parametrize("input_dtype", [torch.float16, torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_half_precision_is_refused_when_traced_as_when_run(layers, dtype):
-    half = layers[0].to(dtype)
-    with pytest.raises(ValueError, match="`input` must have dtype"):
-        half(torch.randn(2, 65, dtype=dtype))
-    with pytest.raises(Exception, match="`input` must have dtype"):
-        torch.export.export(half.eval(), (torch.randn(2, 65, dtype=dtype),))
+def test_dtypes_are_served_or_refused_when_traced_as_when_run(layers, dtype, input_dtype):
+    layer, input = layers[0].to(dtype), torch.randn(2, 65, dtype=input_dtype)
+    if input_dtype == dtype:
+        exported = torch.export.export(layer.eval(), (input,))
+        assert torch.equal(exported.module()(input), layer(input))
+        return
+    refused = "bias" if input_dtype == torch.float32 else "packed_values"
+    with pytest.raises(ValueError, match=f"`{refused}` must have dtype"):
+        layer(input)
+    with pytest.raises(Exception, match=f"`{refused}` must have dtype"):
+        torch.export.export(layer.eval(), (input,))
 
 
 def test_blocks_too_large_to_count_are_refused():

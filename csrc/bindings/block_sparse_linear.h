@@ -29,11 +29,15 @@ inline void check_indices(const char* op, const Tensor& like, const Tensor& crow
 }
 
 // Everything of the weight's parts that can be checked without reading the indices; `input` is the
-// argument whose device and dtype the others share.
+// argument whose device and dtype the others share. allow_half: weights of 16 bits go with float32.
 inline void check_weight(const char* op, const Tensor& input, const Tensor& packed_values,
-                         const Tensor& crow_indices, const Tensor& col_indices) {
+                         const Tensor& crow_indices, const Tensor& col_indices,
+                         bool allow_half = false) {
   check_same_device(op, "packed_values", packed_values, input);
-  check_dtype(op, "packed_values", packed_values, input.scalar_type());
+  const bool half = allow_half && is_half(packed_values);
+  if (!half || input.scalar_type() != ScalarType::Float) {
+    check_dtype(op, "packed_values", packed_values, input.scalar_type());
+  }
   check_dim(op, "packed_values", packed_values, 3);
   check_indices(op, input, crow_indices, col_indices);
   check_size(op, "col_indices", col_indices, 0, packed_values.size(0));
@@ -67,7 +71,7 @@ inline void check_block_sparse_linear(const char* op, const Tensor& input,
                                       const Tensor& col_indices, const std::optional<Tensor>& bias,
                                       int64_t out_features) {
   check_has_features(op, "input", input);
-  check_weight(op, input, packed_values, crow_indices, col_indices);
+  check_weight(op, input, packed_values, crow_indices, col_indices, input.is_cpu());
   check_feature_count(op, "out_features", out_features);
   check_size(op, "crow_indices", crow_indices, 0,
              ceil_divide(out_features, packed_values.size(2)) + 1);
@@ -116,15 +120,15 @@ inline Tensor as_matrix(const Tensor& input) {
 }
 
 // The kernel's arguments, from tensors that are checked and contiguous, and that outlive the call.
-template <class T>
-BlockSparseLinearArgs<T> kernel_arguments(const Tensor& matrix, const Tensor& packed_values,
-                                          const Tensor& crow_indices, const Tensor& col_indices,
-                                          const std::optional<Tensor>& bias, Activation activation,
-                                          const Tensor& output) {
+template <class T, class W = T>
+BlockSparseLinearArgs<T, W> kernel_arguments(const Tensor& matrix, const Tensor& packed_values,
+                                             const Tensor& crow_indices, const Tensor& col_indices,
+                                             const std::optional<Tensor>& bias,
+                                             Activation activation, const Tensor& output) {
   const int64_t out_features = output.size(output.dim() - 1);
-  BlockSparseLinearArgs<T> args;
+  BlockSparseLinearArgs<T, W> args;
   args.input = matrix_view<T>(matrix);
-  args.weight.packed_values = static_cast<const T*>(packed_values.const_data_ptr());
+  args.weight.packed_values = static_cast<const W*>(packed_values.const_data_ptr());
   args.weight.crow_indices = static_cast<const int32_t*>(crow_indices.const_data_ptr());
   args.weight.col_indices = static_cast<const int32_t*>(col_indices.const_data_ptr());
   args.weight.block_rows = crow_indices.size(0) - 1;

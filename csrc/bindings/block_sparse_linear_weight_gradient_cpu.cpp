@@ -45,14 +45,16 @@ Tensor block_sparse_linear_weight_gradient_cpu(const Tensor& grad_output, const 
                                                const Tensor& col_indices, int64_t rows,
                                                int64_t cols, bool /*allow_tf32*/) {
   check_weight_gradient(kOp, grad_output, input, crow_indices, col_indices, rows, cols);
-  const Tensor grad_matrix = as_matrix(grad_output), input_matrix = as_matrix(input);
+  const ScalarType computed = computed_dtype(kOp, "grad_output", grad_output);
+  const Tensor grad_matrix = as_dtype(as_matrix(grad_output), computed);
+  const Tensor input_matrix = as_dtype(as_matrix(input), computed);
   const Tensor crow = as_contiguous(crow_indices);
   const Tensor col = as_contiguous(col_indices);
-  const Tensor grad_values = empty_tensor(grad_output, {col.size(0), cols, rows});
-  with_floating_type(kOp, "grad_output", grad_output, [&](auto zero) {
+  const Tensor grad_values = empty_tensor(grad_matrix, {col.size(0), cols, rows});
+  with_floating_type(kOp, "grad_output", grad_matrix, [&](auto zero) {
     run<decltype(zero)>(grad_matrix, input_matrix, crow, col, grad_values);
   });
-  return grad_values;
+  return as_dtype(grad_values, grad_output.scalar_type());
 }
 
 }  // namespace

@@ -21,4 +21,17 @@ void multiply(const BlockProductArgs<T>& args) {
                      });
 }
 
+// The same for few samples and weights of 16 bits.
+template <class W>
+void multiply_few_samples(const BlockProductArgs<float, W>& args) {
+  if (args.input.rows == 0 || args.output.cols == 0) return;
+  const auto multiply_range = few_samples_product_of<W>(cpu_kernels());
+  const auto& weight = args.weight;
+  const int64_t multiply_adds =
+      args.input.rows * weight.outputs * weight.steps * weight.offsets[weight.lists];
+  parallel_kernel<float>(
+      few_samples_work(weight), multiply_adds, /*scratch_size=*/0,
+      [&](int64_t begin, int64_t end, float*) { multiply_range(args, begin, end); });
+}
+
 }  // namespace fastprune

@@ -58,6 +58,26 @@ void with_floating_type(const char* op, const char* name, const Tensor& tensor,
   }
 }
 
+// What the CPU multiplies and accumulates in: float32 for tensors of 16 bits.
+inline ScalarType computed_dtype(const char* op, const char* name, const Tensor& tensor) {
+  switch (tensor.scalar_type()) {
+    case ScalarType::Double:
+      return ScalarType::Double;
+    case ScalarType::Float:
+    case ScalarType::Half:
+    case ScalarType::BFloat16:
+      return ScalarType::Float;
+    default:
+      throw_value_error(op, ": `", name, "` must have dtype Float, Double, Half or BFloat16, got ",
+                        dtype_text(tensor.scalar_type()));
+  }
+}
+
+inline bool is_half(const Tensor& tensor) {
+  const ScalarType dtype = tensor.scalar_type();
+  return dtype == ScalarType::Half || dtype == ScalarType::BFloat16;
+}
+
 inline void check_dim(const char* op, const char* name, const Tensor& tensor, int64_t expected) {
   if (tensor.dim() != expected) {
     throw_value_error(op, ": `", name, "` must have ", expected, " dimensions, got shape ",

@@ -45,11 +45,11 @@ inline void advise_huge_pages(const Tensor& tensor) {
 #endif
 }
 
-// An uninitialised tensor with the dtype and the device of `like`, without that lookup.
-inline Tensor empty_strided_tensor(const Tensor& like, const std::vector<int64_t>& shape,
+// An uninitialised tensor on the device of `like`, without that lookup.
+inline Tensor empty_strided_tensor(const Tensor& like, int32_t dtype,
+                                   const std::vector<int64_t>& shape,
                                    const std::vector<int64_t>& strides) {
-  int32_t dtype, device_type;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(like.get(), &dtype));
+  int32_t device_type;
   STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device_type));
   AtenTensorHandle handle;
   STABLE_TORCH_ERROR_CODE_CHECK(
@@ -60,13 +60,35 @@ inline Tensor empty_strided_tensor(const Tensor& like, const std::vector<int64_t
   return result;
 }
 
-// The same, contiguous.
-inline Tensor empty_tensor(const Tensor& like, const std::vector<int64_t>& shape) {
+// The same with the dtype of `like`.
+inline Tensor empty_strided_tensor(const Tensor& like, const std::vector<int64_t>& shape,
+                                   const std::vector<int64_t>& strides) {
+  int32_t dtype;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(like.get(), &dtype));
+  return empty_strided_tensor(like, dtype, shape, strides);
+}
+
+inline std::vector<int64_t> contiguous_strides(const std::vector<int64_t>& shape) {
   std::vector<int64_t> strides(shape.size(), 1);
   for (size_t d = shape.size(); d-- > 1;) {
     strides[d - 1] = strides[d] * (shape[d] > 0 ? shape[d] : 1);
   }
-  return empty_strided_tensor(like, shape, strides);
+  return strides;
+}
+
+// An uninitialised contiguous tensor with the dtype and the device of `like`.
+inline Tensor empty_tensor(const Tensor& like, const std::vector<int64_t>& shape) {
+  return empty_strided_tensor(like, shape, contiguous_strides(shape));
+}
+
+// The tensor itself where it has the dtype, else a contiguous copy.
+inline Tensor as_dtype(const Tensor& tensor, torch::headeronly::ScalarType dtype) {
+  if (tensor.scalar_type() == dtype) return tensor;
+  const std::vector<int64_t> shape(tensor.sizes().begin(), tensor.sizes().end());
+  const Tensor result =
+      empty_strided_tensor(tensor, static_cast<int32_t>(dtype), shape, contiguous_strides(shape));
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_copy_(result.get(), tensor.get(), /*non_blocking=*/0));
+  return result;
 }
 
 // The tensor itself where the columns are contiguous, else a contiguous copy.

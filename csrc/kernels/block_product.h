@@ -26,10 +26,11 @@ struct BlockLists {
   int64_t step_stride;
 };
 
-template <class T>
+// W: how the weights are stored; 16-bit ones are widened, which is exact.
+template <class T, class W = T>
 struct BlockProductArgs {
   MatrixView<const T> input;  // columns past the last one count as zeros
-  BlockLists<T> weight;
+  BlockLists<W> weight;
   const T* bias;         // [output.cols] or null
   MatrixView<T> output;  // outputs past the last column are not stored
   Activation activation;

@@ -13,10 +13,11 @@
 
 namespace fastprune {
 
-template <class T>
+// W: how the weights are stored; on the CPU 16-bit ones are widened to T, which is exact.
+template <class T, class W = T>
 struct BlockSparseLinearArgs {
   MatrixView<const T> input;
-  BlockSparseView<T> weight;
+  BlockSparseView<W> weight;
   const T* bias;
   MatrixView<T> output;
   Activation activation;

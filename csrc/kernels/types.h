@@ -6,6 +6,14 @@
 
 namespace fastprune {
 
+// 16-bit floating-point numbers by their bits: 8 bits of exponent and 7 of mantissa, or 5 and 10.
+struct BFloat16 {
+  uint16_t bits;
+};
+struct Float16 {
+  uint16_t bits;
+};
+
 // A matrix whose columns are contiguous; row_stride counts elements, and is larger than cols
 // when the caller passes a slice.
 template <class T>

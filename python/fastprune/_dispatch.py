@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from . import _library
-from ._fake_checks import CUDA_DTYPES
+from ._fake_checks import CUDA_DTYPES, HALF_DTYPES
 
 _warned: set[str] = set()
 
@@ -55,3 +55,26 @@ def autocast_as_torch(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
         return tensors
     dtype = torch.get_autocast_dtype("cuda")
     return tuple(t if t is None or t.dtype == torch.float64 else t.to(dtype) for t in tensors)
+
+
+def autocast_linear(
+    input: Tensor, packed_values: Tensor, bias: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Cast the arguments of a block-sparse linear layer for autocast.
+
+    On CUDA like those of ``F.linear``. On the CPU float32 is faster and more exact than what autocast would
+    cast to: weights of 32 bits stay so, and those of 16 bits are read as they are.
+    """
+    if input.is_cuda:
+        return autocast_as_torch(input, packed_values, bias)  # type: ignore[return-value]
+    if not torch.is_autocast_enabled("cpu"):
+        return input, packed_values, bias
+    half = packed_values.dtype in HALF_DTYPES
+    if half and all(t is None or t.dtype == packed_values.dtype for t in (input, bias)):
+        return input, packed_values, bias
+    values = packed_values if half else _to_float32(packed_values)
+    return _to_float32(input), values, None if bias is None else _to_float32(bias)
+
+
+def _to_float32(tensor: Tensor) -> Tensor:
+    return tensor.float() if tensor.is_floating_point() and tensor.dtype != torch.float64 else tensor

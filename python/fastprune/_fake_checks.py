@@ -7,7 +7,10 @@ from torch import Tensor
 
 from . import reference
 
-CUDA_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+HALF_DTYPES = (torch.float16, torch.bfloat16)
+"""The dtypes of 16 bits: products of them accumulate in float32."""
+
+CUDA_DTYPES = (torch.float32, *HALF_DTYPES)
 """What the CUDA kernels of the products take."""
 
 
@@ -17,9 +20,10 @@ def check(condition: bool, message: str) -> None:
         raise ValueError(message)
 
 
-def check_floating(op: str, name: str, tensor: Tensor) -> None:
-    """Check that a product has a kernel for a tensor's dtype."""
-    dtypes = CUDA_DTYPES if tensor.is_cuda else (torch.float32, torch.float64)
+def check_floating(op: str, name: str, tensor: Tensor, half: bool = False) -> None:
+    """Check that a product has a kernel for a tensor's dtype; ``half``: the CPU has one for 16 bits too."""
+    cpu_dtypes = (torch.float32, torch.float64, *(HALF_DTYPES if half else ()))
+    dtypes = CUDA_DTYPES if tensor.is_cuda else cpu_dtypes
     names = ", ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
     check(tensor.dtype in dtypes, f"{op}: `{name}` must have dtype {names}, got {tensor.dtype}")
     check(tensor.dim() >= 1, f"{op}: `{name}` must have at least 1 dimension, got 0")
@@ -50,3 +54,8 @@ def check_like(op: str, like: Tensor, **tensors: Tensor | None) -> None:
             check(
                 tensor.dtype == like.dtype, f"{op}: `{name}` must have dtype {like.dtype}, got {tensor.dtype}"
             )
+
+
+def is_mixed(input: Tensor, packed_values: Tensor) -> bool:
+    """Tell whether weights of 16 bits meet float32, with which they are multiplied as float32."""
+    return input.dtype == torch.float32 and packed_values.dtype in HALF_DTYPES

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from . import _library as _library  # loads the schemas this module registers for
-from ._fake_checks import check, check_activation, check_floating, check_like
+from ._fake_checks import check, check_activation, check_floating, check_like, is_mixed
 
 _ops = torch.ops.fastprune
 
@@ -39,6 +39,13 @@ def _check_blocks(op: str, packed_values: Tensor) -> None:
     )
 
 
+def _check_weight(op: str, input: Tensor, packed_values: Tensor) -> None:
+    """Check device and dtype: those of ``input``, or on the CPU 16 bits beside float32."""
+    if is_mixed(input, packed_values) and not input.is_cuda:
+        packed_values = packed_values.float()
+    check_like(op, input, packed_values=packed_values)
+
+
 def _block_sparse_linear_fake(
     input: Tensor,
     packed_values: Tensor,
@@ -51,9 +58,10 @@ def _block_sparse_linear_fake(
 ) -> Tensor:
     op = "block_sparse_linear"
     check_activation(op, activation)
-    check_floating(op, "input", input)
+    check_floating(op, "input", input, half=True)
     _check_blocks(op, packed_values)
-    check_like(op, input, packed_values=packed_values, bias=bias)
+    _check_weight(op, input, packed_values)
+    check_like(op, input, bias=bias)
     _check_indices(op, input, -(-out_features // packed_values.shape[2]), crow_indices, col_indices)
     check(
         bias is None or tuple(bias.shape) == (out_features,),
@@ -71,9 +79,9 @@ def _block_sparse_linear_input_gradient_fake(
     allow_tf32: bool = False,
 ) -> Tensor:
     op = "block_sparse_linear_input_gradient"
-    check_floating(op, "grad_output", grad_output)
+    check_floating(op, "grad_output", grad_output, half=True)
     _check_blocks(op, packed_values)
-    check_like(op, grad_output, packed_values=packed_values)
+    _check_weight(op, grad_output, packed_values)
     block_rows = -(-grad_output.shape[-1] // packed_values.shape[2])
     _check_indices(op, grad_output, block_rows, crow_indices, col_indices)
     return grad_output.new_empty((*grad_output.shape[:-1], in_features))
@@ -89,7 +97,7 @@ def _block_sparse_linear_weight_gradient_fake(
     allow_tf32: bool = False,
 ) -> Tensor:
     op = "block_sparse_linear_weight_gradient"
-    check_floating(op, "grad_output", grad_output)
+    check_floating(op, "grad_output", grad_output, half=True)
     check_like(op, grad_output, input=input)
     check(
         input.shape[:-1] == grad_output.shape[:-1],
@@ -178,7 +186,7 @@ def _block_sparse_linear_backward(ctx: Any, grad: Tensor) -> tuple:
     if ctx.needs_input_grad[1]:
         grad_values = _weight_gradient(
             grad, input, tuple(structure), _blocksize(packed_values), ctx.allow_tf32
-        )
+        ).to(packed_values.dtype)
     if ctx.has_bias and ctx.needs_input_grad[4]:
         grad_bias = grad.reshape(-1, ctx.out_features).sum(0)
     return grad_input, grad_values, None, None, grad_bias, None, None, None
@@ -199,7 +207,7 @@ def _input_gradient_backward(ctx: Any, grad: Tensor) -> tuple:
     if ctx.needs_input_grad[1]:
         grad_values = _weight_gradient(
             grad_output, grad, tuple(structure), _blocksize(packed_values), ctx.allow_tf32
-        )
+        ).to(packed_values.dtype)
     return grad_grad_output, grad_values, None, None, None, None
 
 
@@ -249,10 +257,6 @@ for _name, _backward, _setup in (
     ("block_sparse_linear_weight_gradient", _weight_gradient_backward, _weight_gradient_setup),
 ):
     torch.library.register_autograd(f"fastprune::{_name}", _backward, setup_context=_setup)
-# The CPU has no half precision: under autocast it keeps float32. On CUDA `ops` casts to the dtype of
-# autocast.
-for _name in ("block_sparse_linear", "block_sparse_linear_inference"):
-    torch.library.register_autocast(f"fastprune::{_name}", "cpu", torch.float32)
 register_flop_formula(
     [_ops.block_sparse_linear, _ops.block_sparse_linear_inference, _ops.block_sparse_linear_input_gradient]
 )(_block_sparse_linear_flops)

@@ -7,8 +7,8 @@ from torch import Tensor
 
 from . import _library, reference
 from . import _registration_ablation as _registration_ablation  # fake kernels, gradients and autocast
-from ._dispatch import autocast_as_torch, is_transformed, lacks_cuda_kernel, needs_grad
-from ._fake_checks import CUDA_DTYPES
+from ._dispatch import autocast_linear, is_transformed, lacks_cuda_kernel, needs_grad
+from ._fake_checks import CUDA_DTYPES, is_mixed
 from ._registration import CLIPPING
 from .ops_conv import (
     block_sparse_conv2d as block_sparse_conv2d,
@@ -41,6 +41,11 @@ def _tf32_allowed() -> bool:
 def _allow_tf32(tensor: Tensor) -> bool:
     """Whether products of a tensor may round their float32 operands to tf32, as torch's own do."""
     return tensor.is_cuda and tensor.dtype == torch.float32 and _tf32_allowed()
+
+
+def _widened_on_cuda(input: Tensor, packed_values: Tensor) -> Tensor:
+    """Return weights that a kernel takes with an input: on CUDA none takes two dtypes."""
+    return packed_values.float() if input.is_cuda and is_mixed(input, packed_values) else packed_values
 
 
 def _autocast_to_float32(tensor: Tensor) -> bool:
@@ -84,6 +89,10 @@ def block_sparse_linear(
     neither on the number of threads nor on the other samples of the batch (float16, bfloat16 and tf32: as
     long as both batches have more than 16 samples, or both have not).
 
+    float16 and bfloat16 are summed in float32. On the CPU they store and read half as many bytes, which is
+    what a few samples take their time for; with more, weights are widened to float32 in each call. Under
+    autocast the CPU computes in float32, unless all is of one dtype of 16 bits.
+
     On CUDA, float32 is multiplied as float32, or as tf32 where ``torch.backends.cuda.matmul`` allows it;
     under autocast all is cast to autocast's dtype, as for ``F.linear``.
 
@@ -96,13 +105,13 @@ def block_sparse_linear(
         torch.Size([4, 32])
 
     Args:
-        input: ``[*, in_features]``, float32 or float64; on CUDA float32, float16 or bfloat16, while float64
-            is multiplied by the dense weight.
+        input: ``[*, in_features]``, float32, float64, float16 or bfloat16; on CUDA float64 is multiplied by
+            the dense weight.
         packed_values: ``[kept, cols, rows]``, the kept blocks of the weight, each transposed; the dtype
-            of ``input``.
+            of ``input``, or float16 or bfloat16 where that is float32.
         crow_indices: ``[ceil(out_features / rows) + 1]``, int32: where each block row begins.
         col_indices: ``[kept]``, int32, increasing within a block row.
-        bias: ``[out_features]`` or None.
+        bias: ``[out_features]``, the dtype of ``input``, or None.
         out_features: rows of the weight; the last block row may reach past them.
         activation: None, "relu", "relu6", "gelu", "gelu_tanh" or "silu", fused into the store where no
             gradient is needed (relu and relu6: always). The formulas are those of
@@ -115,7 +124,8 @@ def block_sparse_linear(
         ValueError: shapes, dtypes or devices disagree, or (CPU) the indices are not a valid structure.
 
     """
-    input, packed_values, bias = autocast_as_torch(input, packed_values, bias)  # type: ignore[assignment]
+    input, packed_values, bias = autocast_linear(input, packed_values, bias)
+    packed_values = _widened_on_cuda(input, packed_values)
     supported = input.dtype in CUDA_DTYPES
     if is_transformed() or lacks_cuda_kernel("block_sparse_linear", input, supported):
         return reference.block_sparse_linear(
@@ -151,7 +161,7 @@ def block_sparse_linear_input_gradient(
 ) -> Tensor:
     """Return ``grad_output @ weight`` for a block-sparse weight: the gradient of its product's input.
 
-    Differentiable in ``grad_output`` and ``packed_values``.
+    Differentiable in ``grad_output`` and ``packed_values``. float16 and bfloat16 are summed in float32.
 
     Example:
         >>> grad_input = fp.ops.block_sparse_linear_input_gradient(
@@ -159,9 +169,10 @@ def block_sparse_linear_input_gradient(
         ...     in_features=32)
 
     Args:
-        grad_output: ``[*, out_features]``, float32 or float64; on CUDA float32, float16 or bfloat16, while
-            float64 is multiplied by the dense weight.
-        packed_values: ``[kept, cols, rows]``, the dtype of ``grad_output``.
+        grad_output: ``[*, out_features]``, float32, float64, float16 or bfloat16; on CUDA float64 is
+            multiplied by the dense weight.
+        packed_values: ``[kept, cols, rows]``, the dtype of ``grad_output``, or float16 or bfloat16 where that
+            is float32.
         crow_indices: ``[ceil(out_features / rows) + 1]``, int32.
         col_indices: ``[kept]``, int32, increasing within a block row.
         in_features: columns of the weight; the last block column may reach past them.
@@ -174,6 +185,7 @@ def block_sparse_linear_input_gradient(
 
     """
     op = "block_sparse_linear_input_gradient"
+    packed_values = _widened_on_cuda(grad_output, packed_values)
     if is_transformed() or lacks_cuda_kernel(op, grad_output, grad_output.dtype in CUDA_DTYPES):
         return reference.block_sparse_linear_input_gradient(
             grad_output, packed_values, crow_indices, col_indices, in_features=in_features
@@ -193,8 +205,8 @@ def block_sparse_linear_weight_gradient(
 ) -> Tensor:
     """Return the kept blocks of ``grad_output.T @ input``: the gradient of a block-sparse weight.
 
-    Differentiable in ``grad_output`` and ``input``. Only the kept blocks are computed. Sums accumulate in the
-    dtype of ``grad_output``, on CUDA in float32, in an order that depends on the sizes alone. On CUDA
+    Differentiable in ``grad_output`` and ``input``. Only the kept blocks are computed. Sums accumulate in
+    float32 (float64 on the CPU: in float64), in an order that depends on the sizes alone. On CUDA
     blocks whose sides are multiples of 16 run on tensor cores, float32 only where
     ``torch.backends.cuda.matmul`` allows tf32.
 
@@ -203,8 +215,8 @@ def block_sparse_linear_weight_gradient(
         ...     grad_output, input, weight.crow_indices, weight.col_indices, blocksize=(16, 16))
 
     Args:
-        grad_output: ``[*, out_features]``, float32 or float64 (CUDA: float32, float16 or bfloat16; float64
-            runs through the dense product).
+        grad_output: ``[*, out_features]``, float32, float64, float16 or bfloat16 (CUDA: float64 runs through
+            the dense product).
         input: ``[*, in_features]``, its samples and dtype those of ``grad_output``.
         crow_indices: ``[ceil(out_features / rows) + 1]``, int32.
         col_indices: ``[kept]``, int32, increasing within a block row.

@@ -62,11 +62,11 @@ def block_sparse_linear(
     out_features: int,
     activation: str | None = None,
 ) -> Tensor:
-    """Return ``activation(input @ weight.T + bias)`` through the dense weight."""
+    """Return ``activation(input @ weight.T + bias)`` through the dense weight, in the dtype of ``input``."""
     weight = dense_weight(
         packed_values, crow_indices, col_indices, out_features=out_features, in_features=input.shape[-1]
     )
-    output = F.linear(input, weight, bias)
+    output = F.linear(input, weight.to(input.dtype), bias)
     return output if activation is None else ACTIVATIONS[activation](output)
 
 
@@ -78,14 +78,15 @@ def block_sparse_linear_input_gradient(
     *,
     in_features: int,
 ) -> Tensor:
-    """Return ``grad_output @ weight`` through the dense weight."""
-    return grad_output @ dense_weight(
+    """Return ``grad_output @ weight`` through the dense weight, in the dtype of ``grad_output``."""
+    weight = dense_weight(
         packed_values,
         crow_indices,
         col_indices,
         out_features=grad_output.shape[-1],
         in_features=in_features,
     )
+    return grad_output @ weight.to(grad_output.dtype)
 
 
 def block_sparse_linear_weight_gradient(

@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from ._fake_checks import is_mixed
 from .block_sparse import BlockSparseTensor
 from .masks import piece_mask_of
 from .modules import BlockSparseConv2d, BlockSparseLayer, BlockSparseLinear
@@ -161,7 +162,8 @@ def block_sparse_layers(
             )
             parameter = next(iter(old.parameters()))
             layer.requires_grad_(parameter.requires_grad)
-            if layer.packed_values.dtype != parameter.dtype:
+            own_dtype = isinstance(layer, BlockSparseLinear) and is_mixed(parameter, layer.packed_values)
+            if layer.packed_values.dtype != parameter.dtype and not own_dtype:
                 raise ValueError(
                     f"`fresh_model` does not fit: layer '{name}' must be {layer.packed_values.dtype}, "
                     f"got {parameter.dtype}"

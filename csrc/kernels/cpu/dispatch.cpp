@@ -1,5 +1,9 @@
 #include "dispatch.h"
 
+#if FASTPRUNE_X86_KERNELS
+#include <cpuid.h>
+#endif
+
 #include <atomic>
 #include <cstdlib>
 #include <stdexcept>
@@ -71,6 +75,8 @@ namespace fastprune {
   template <class T>                                                                               \
   void updated_conv2d(const UpdatedConv2dArgs<T>&, const UpdatedConv2dWork&, int64_t, int64_t,     \
                       T*);                                                                         \
+  template <class W>                                                                               \
+  void few_samples_product(const BlockProductArgs<float, W>&, int64_t, int64_t);                   \
   template <class T>                                                                               \
   constexpr CpuKernelsOf<T> kTable = {plan_block_product<T>,                                       \
                                       block_product<T>,                                            \
@@ -97,6 +103,10 @@ namespace fastprune {
                                       ablate_conv2d<T>,                                            \
                                       plan_updated_conv2d<T>,                                      \
                                       updated_conv2d<T>};                                          \
+  constexpr CpuKernels kernels(const char* name) {                                                 \
+    return {name, kTable<float>, kTable<double>, few_samples_product<BFloat16>,                    \
+            few_samples_product<Float16>};                                                         \
+  }                                                                                                \
   }
 
 FASTPRUNE_DECLARE_KERNELS(baseline)
@@ -112,18 +122,29 @@ struct Entry {
   bool (*supported)();
 };
 
+#if FASTPRUNE_X86_KERNELS
+// Conversions of float16; not every compiler's __builtin_cpu_supports knows of it.
+bool supports_f16c() {
+  unsigned int a, b, c, d;
+  return __get_cpuid(1, &a, &b, &c, &d) && (c & bit_F16C);
+}
+
+bool supports_avx2() {
+  return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && supports_f16c();
+}
+#endif
+
 const Entry kEntries[] = {
 #if FASTPRUNE_X86_KERNELS
-    {{"avx512", avx512::kTable<float>, avx512::kTable<double>},
+    {avx512::kernels("avx512"),
      [] {
-       return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") &&
-              __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
-              __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+       return supports_avx2() && __builtin_cpu_supports("avx512f") &&
+              __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512bw") &&
+              __builtin_cpu_supports("avx512vl");
      }},
-    {{"avx2", avx2::kTable<float>, avx2::kTable<double>},
-     [] { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"); }},
+    {avx2::kernels("avx2"), supports_avx2},
 #endif
-    {{"baseline", baseline::kTable<float>, baseline::kTable<double>}, [] { return true; }},
+    {baseline::kernels("baseline"), [] { return true; }},
 };
 
 std::string join(const std::vector<std::string>& names) {

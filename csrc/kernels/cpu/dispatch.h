@@ -15,6 +15,7 @@
 #include "block_product.h"
 #include "channels_last_convolution.h"
 #include "channels_last_weight_gradient.h"
+#include "few_samples_product.h"
 
 namespace fastprune {
 
@@ -71,10 +72,16 @@ struct CpuKernelsOf {
                          int64_t end, T* scratch);
 };
 
+// Of float activations and weights of a 16-bit type.
+template <class W>
+using FewSamplesProduct = void (*)(const BlockProductArgs<float, W>&, int64_t begin, int64_t end);
+
 struct CpuKernels {
   const char* isa;
   CpuKernelsOf<float> f32;
   CpuKernelsOf<double> f64;
+  FewSamplesProduct<BFloat16> few_samples_bf16;
+  FewSamplesProduct<Float16> few_samples_f16;
 };
 
 template <class T>
@@ -86,6 +93,17 @@ inline const CpuKernelsOf<float>& kernels_of(const CpuKernels& kernels) {
 template <>
 inline const CpuKernelsOf<double>& kernels_of(const CpuKernels& kernels) {
   return kernels.f64;
+}
+
+template <class W>
+FewSamplesProduct<W> few_samples_product_of(const CpuKernels& kernels);
+template <>
+inline FewSamplesProduct<BFloat16> few_samples_product_of<BFloat16>(const CpuKernels& kernels) {
+  return kernels.few_samples_bf16;
+}
+template <>
+inline FewSamplesProduct<Float16> few_samples_product_of<Float16>(const CpuKernels& kernels) {
+  return kernels.few_samples_f16;
 }
 
 // The best set this CPU runs, or the one forced by FASTPRUNE_CPU_ISA or set_cpu_isa.

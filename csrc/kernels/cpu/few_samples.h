@@ -7,6 +7,7 @@
 
 #include "activation.h"
 #include "block_product.h"
+#include "widen.h"
 
 namespace fastprune {
 namespace {
@@ -15,9 +16,9 @@ constexpr int kTileSamples = 6;  // x 2 vectors: 12 accumulators, of 16 register
 
 // Outputs [output, output + Vectors * Lanes) of list `list`, samples [sample, sample + S).
 // Not inlined: among its callers' variables GCC keeps accumulators in memory.
-template <class T, int Lanes, int Vectors, int S>
-__attribute__((noinline)) void multiply_sample_tile(const BlockProductArgs<T>& args, int64_t list,
-                                                    int64_t output, int64_t sample) {
+template <class T, class W, int Lanes, int Vectors, int S>
+__attribute__((noinline)) void multiply_sample_tile(const BlockProductArgs<T, W>& args,
+                                                    int64_t list, int64_t output, int64_t sample) {
   using V = Vec<T, Lanes>;
   const auto& weight = args.weight;
   const int64_t stride = args.input.row_stride;
@@ -29,7 +30,7 @@ __attribute__((noinline)) void multiply_sample_tile(const BlockProductArgs<T>& a
     const int64_t remaining = args.input.cols - first;
     const int64_t steps = weight.steps < remaining ? weight.steps : remaining;
     const int64_t block = weight.blocks ? weight.blocks[j] : j;
-    const T* w = weight.values + block * weight.outputs * weight.steps + output;
+    const W* w = weight.values + block * weight.outputs * weight.steps + output;
     // One pointer for three samples: more would not fit the integer registers.
     const T* x[(S + 2) / 3];
     for (int group = 0; group < (S + 2) / 3; ++group) {
@@ -38,7 +39,7 @@ __attribute__((noinline)) void multiply_sample_tile(const BlockProductArgs<T>& a
     for (int64_t b = 0; b < steps; ++b, w += weight.step_stride) {
       V values[Vectors];
 #pragma GCC unroll 2
-      for (int v = 0; v < Vectors; ++v) values[v] = load<V>(w + v * Lanes);
+      for (int v = 0; v < Vectors; ++v) values[v] = load_widened<V>(w + v * Lanes);
 #pragma GCC unroll 6
       for (int s = 0; s < S; ++s) {
         const V input = broadcast<V>(x[s / 3][(s % 3) * stride + b]);
@@ -67,45 +68,45 @@ __attribute__((noinline)) void multiply_sample_tile(const BlockProductArgs<T>& a
   }
 }
 
-template <class T, int Lanes, int Vectors, int S>
-void multiply_up_to(const BlockProductArgs<T>& args, int64_t list, int64_t output, int64_t sample,
-                    int64_t count) {
+template <class T, class W, int Lanes, int Vectors, int S>
+void multiply_up_to(const BlockProductArgs<T, W>& args, int64_t list, int64_t output,
+                    int64_t sample, int64_t count) {
   if (count == S) {
-    multiply_sample_tile<T, Lanes, Vectors, S>(args, list, output, sample);
+    multiply_sample_tile<T, W, Lanes, Vectors, S>(args, list, output, sample);
   } else if constexpr (S > 1) {
-    multiply_up_to<T, Lanes, Vectors, S - 1>(args, list, output, sample, count);
+    multiply_up_to<T, W, Lanes, Vectors, S - 1>(args, list, output, sample, count);
   }
 }
 
 // All samples, in register tiles of nearly equal height: 8 samples are 4 + 4, not 6 + 2, whose last
 // tile would leave multipliers idle.
-template <class T, int Lanes, int Vectors>
-void multiply_samples(const BlockProductArgs<T>& args, int64_t list, int64_t output) {
+template <class T, class W, int Lanes, int Vectors>
+void multiply_samples(const BlockProductArgs<T, W>& args, int64_t list, int64_t output) {
   int64_t sample = 0;
   for (int64_t tiles = (args.input.rows + kTileSamples - 1) / kTileSamples; tiles > 0; --tiles) {
     const int64_t count = (args.input.rows - sample + tiles - 1) / tiles;
-    multiply_up_to<T, Lanes, Vectors, kTileSamples>(args, list, output, sample, count);
+    multiply_up_to<T, W, Lanes, Vectors, kTileSamples>(args, list, output, sample, count);
     sample += count;
   }
 }
 
 // All samples for outputs [output, outputs) of a list, in ever narrower vectors: any number of
 // outputs is covered.
-template <class T, int Lanes = kLanes<T>>
-void multiply_few_samples(const BlockProductArgs<T>& args, int64_t list, int64_t output = 0) {
+template <class T, class W, int Lanes = kLanes<T>>
+void multiply_few_samples(const BlockProductArgs<T, W>& args, int64_t list, int64_t output = 0) {
   const int64_t remaining = args.output.cols - list * args.weight.outputs;
   const int64_t outputs = args.weight.outputs < remaining ? args.weight.outputs : remaining;
   if constexpr (Lanes == kLanes<T>) {
     for (; output + Lanes < outputs && output + 2 * Lanes <= args.weight.outputs;
          output += 2 * Lanes) {
-      multiply_samples<T, Lanes, 2>(args, list, output);
+      multiply_samples<T, W, Lanes, 2>(args, list, output);
     }
   }
   for (; output < outputs && output + Lanes <= args.weight.outputs; output += Lanes) {
-    multiply_samples<T, Lanes, 1>(args, list, output);
+    multiply_samples<T, W, Lanes, 1>(args, list, output);
   }
   if constexpr (Lanes > 1) {
-    if (output < outputs) multiply_few_samples<T, Lanes / 2>(args, list, output);
+    if (output < outputs) multiply_few_samples<T, W, Lanes / 2>(args, list, output);
   }
 }
 

@@ -51,7 +51,7 @@ def _situation(sparse: BlockSparseLayer, inputs: Sequence[Tensor]) -> Hashable:
     return (
         (repr(sparse), pattern.digest()),
         (sparse.packed_values.dtype, str(device)),
-        tuple((tuple(x.shape), x.stride()) for x in inputs),
+        tuple((tuple(x.shape), x.stride(), x.dtype) for x in inputs),
         (torch.get_num_threads(), cpu_isa()) if device.type == "cpu" else torch.cuda.get_device_name(device),
     )
 

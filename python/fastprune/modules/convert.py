@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from .._fake_checks import HALF_DTYPES
 from ..batches import model_device
 from ..granularity import Block, check_blocksize, is_scorable
 from ..layers import check_model, has_forward_hooks, is_plain
@@ -21,7 +22,7 @@ from .conv import BlockSparseConv2d, cuts_groups
 from .examples import example_batches, record_inputs
 from .fold import Folding, fold_batch_norms, identity_for
 from .formats import Form, fastest_form, format_of, use_format_
-from .linear import BlockSparseLinear
+from .linear import BlockSparseLinear, check_weight_dtype
 from .own_forward import has_own_forward, only_pads
 from .swapping import copy_of, swap_modules
 
@@ -35,6 +36,7 @@ def sparsify_(
     blocksize: tuple[int, int] | str = "auto",
     policy: str = "measured",
     fold_batch_norm: bool = False,
+    weight_dtype: torch.dtype | None = None,
 ) -> nn.Module:
     """Swap masked Linear and Conv2d layers for block-sparse ones in place, and return the model.
 
@@ -60,11 +62,14 @@ def sparsify_(
             the first of ``example_inputs`` takes through the model, become a part of it, with the statistics
             of eval mode, and ``nn.Identity``; so do modules that compute ReLU, ReLU6, SiLU or GELU behind a
             layer that is swapped. The model must be one that torch.fx or torch.export can trace.
+        weight_dtype: torch.bfloat16 or torch.float16: Linear layers of float32 that are swapped store their
+            kept weights in it, and compute in float32 as before (see :meth:`BlockSparseLinear.from_dense`).
+            Layers that stay dense keep their dtype.
 
     Raises:
         TypeError: ``model`` is no module or ``example_inputs`` of no known kind.
-        ValueError: ``blocksize``, ``policy`` or ``fold_batch_norm`` is out of range. The model is left as it
-            was.
+        ValueError: ``blocksize``, ``policy``, ``fold_batch_norm`` or ``weight_dtype`` is out of range. The
+            model is left as it was.
 
     """
     check_model(model)
@@ -74,6 +79,7 @@ def sparsify_(
         raise ValueError(f"`policy` must be 'measured' or 'always', got {policy!r}")
     if not isinstance(fold_batch_norm, bool):
         raise ValueError(f"`fold_batch_norm` must be True or False, got {fold_batch_norm!r}")
+    check_weight_dtype(weight_dtype)
     device = model_device(model)
     batches = example_batches(example_inputs, device)
     masks = {
@@ -99,7 +105,9 @@ def sparsify_(
         choices: dict[str, LayerChoice] = {}
         replacements: dict[str, BlockSparseLayer] = {}
         for name in layers:
-            sparse, choices[name] = _best(model, name, masks[name], blocksize, inputs[name], policy, device)
+            sparse, choices[name] = _best(
+                model, name, masks[name], blocksize, inputs[name], policy, device, weight_dtype
+            )
             if sparse is not None:
                 replacements[name] = sparse
         swapped = {**replacements, **_fuse(model, folding, replacements)}
@@ -159,7 +167,7 @@ def why_dense(
     if reason is not None:
         return reason
     weight = module.weight
-    half = weight.is_cuda and weight.dtype in (torch.float16, torch.bfloat16)
+    half = (linear or weight.is_cuda) and weight.dtype in HALF_DTYPES
     if weight.dtype not in (torch.float32, torch.float64) and not half:
         return f"no kernel for {weight.dtype}"
     if not inputs and policy == "measured":
@@ -203,6 +211,7 @@ def _best(
     inputs: list[Tensor],
     policy: str,
     device: torch.device,
+    weight_dtype: torch.dtype | None,
 ) -> tuple[BlockSparseLayer | None, LayerChoice]:
     """The block-sparse module for one layer, in the blocks that suit it, or None, and the choice."""
     module = model.get_submodule(name)
@@ -210,7 +219,7 @@ def _best(
     best: tuple[BlockSparseLayer | None, LayerChoice] | None = None
     for size in sizes if policy == "measured" else sizes[:1]:
         reason = why_dense(model, name, module, inputs, size, policy)
-        found = _convert(module, mask, size, reason, inputs, policy, device)
+        found = _convert(module, mask, size, reason, inputs, policy, device, weight_dtype)
         if best is None or _seconds(found[1]) < _seconds(best[1]):
             best = found
     assert best is not None
@@ -232,6 +241,7 @@ def _convert(
     inputs: list[Tensor],
     policy: str,
     device: torch.device,
+    weight_dtype: torch.dtype | None,
 ) -> tuple[BlockSparseLayer | None, LayerChoice]:
     """The block-sparse module for one layer if it is to be swapped, and the choice.
 
@@ -243,6 +253,7 @@ def _convert(
         inputs: of the layer.
         policy: of ``sparsify_``.
         device: of the model.
+        weight_dtype: of ``sparsify_``.
 
     """
     # A kept block that happens to be zero stays trainable.
@@ -252,8 +263,12 @@ def _convert(
     if reason is not None:
         choice.reason = reason
         return None, choice
-    kind = BlockSparseLinear if isinstance(module, nn.Linear) else BlockSparseConv2d
-    sparse: BlockSparseLayer = kind.from_dense(module, blocksize, keep)  # type: ignore[arg-type]
+    sparse: BlockSparseLayer
+    if isinstance(module, nn.Linear):
+        own_dtype = weight_dtype if module.weight.dtype == torch.float32 else None
+        sparse = BlockSparseLinear.from_dense(module, blocksize, keep, weight_dtype=own_dtype)
+    else:
+        sparse = BlockSparseConv2d.from_dense(module, blocksize, keep)  # type: ignore[arg-type]
     if policy == "measured":
         seconds = layer_seconds(copy_of(module), sparse, inputs, device)
         choice.dense_seconds, choice.sparse_seconds = seconds
