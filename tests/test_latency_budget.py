@@ -176,6 +176,14 @@ def test_the_cheapest_microseconds_go_first():
             assert mask.tolist() == sorted(mask.tolist())  # the lowest go
 
 
+def test_a_budget_that_rounding_puts_just_below_a_sum_is_met_by_it():
+    # One after the other, 0.2 three times from 1.2 leaves 0.6000000000000001.
+    costs = fp.LatencyTable({name: linear(0.2) for name in "abcdef"})
+    scores = make_scores({name: ([1.0], (1, 10)) for name in costs}, fp.Unit())
+    masks = scores.select(budget=fp.Budget(latency=0.5, costs=costs))
+    assert [bool(mask.all()) for mask in masks.values()] == [False, False, False, True, True, True]
+
+
 def test_a_layer_that_gains_only_below_a_density_is_taken_that_far_or_not_at_all():
     # Dense down to a density of 1/2, then a cliff.
     cliff = fp.LayerLatency(10.0, (0.0, 0.5, 0.75, 1.0), (1.0, 2.0, 20.0, 30.0))
