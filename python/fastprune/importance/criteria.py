@@ -1,9 +1,9 @@
-"""Criteria beside the exact loss delta, by name."""
+"""Criteria beside the exact loss delta, by name, and the options of that."""
 
 from __future__ import annotations
 
 from .activation_criteria import Activation, Wanda
-from .criterion import Criterion
+from .criterion import Criterion, LossDelta
 from .gradient_criteria import Fisher, Gradient, GradientChange, Taylor
 from .weight_criteria import Magnitude, Random
 
@@ -14,6 +14,6 @@ CRITERIA: dict[str, type[Criterion]] = {
 """Name to class, as :func:`fastprune.score` takes them."""
 
 __all__ = [
-    "CRITERIA", "Activation", "Criterion", "Fisher", "Gradient", "GradientChange", "Magnitude", "Random",
-    "Taylor", "Wanda",
+    "CRITERIA", "Activation", "Criterion", "Fisher", "Gradient", "GradientChange", "LossDelta", "Magnitude",
+    "Random", "Taylor", "Wanda",
 ]  # fmt: skip

@@ -27,7 +27,7 @@ from ..node_ops import NodeOp, node_op
 from ..tracing import Traces
 from .calibration import weight_shape_of
 from .chunks import PROBE_SAMPLES, samples_at_once
-from .fused import fused_deltas
+from .fused import MOST_CLASSES, fused_deltas
 from .masked_forwards import masked_forwards
 from .packed_layers import PackedLayers
 from .piece_changes import piece_changes
@@ -66,6 +66,7 @@ class LossDeltas:
         norms: layer name to the name of the batch norm whose channels go with units.
         coupled: groups of layers whose units are masked together.
         memory_budget: bytes that the values of a traced model and what is computed from them may take.
+        to_predictions: whether the loss is the cross-entropy against the model's own probabilities.
 
     """
 
@@ -80,11 +81,16 @@ class LossDeltas:
         norms: dict[str, str],
         coupled: Coupled,
         memory_budget: int,
+        *,
+        to_predictions: bool = False,
     ) -> None:
         self.model = model
         self.layers = layers
         self.granularities = granularities
-        self.loss = loss
+        self.to_predictions = to_predictions
+        self.loss = Loss(nn.CrossEntropyLoss(ignore_index=loss.ignore_index)) if to_predictions else loss
+        # With probabilities as targets torch's cross-entropy takes no ignore_index.
+        self.masked_loss = Loss() if to_predictions else loss
         self.output_transform = output_transform
         self.traces = traces
         self.norms = norms
@@ -164,6 +170,9 @@ class LossDeltas:
             raise ValueError(f"the loss is NaN or inf in batch {self.num_batches} of `loader`{where}")
         self.loss_sum += float(losses.sum())
         self.total_weight += weight
+        if self.to_predictions:
+            batch = batch._replace(targets=_predictions(logits, batch.targets, self.loss.ignore_index))
+            losses, _ = self.masked_loss(logits, batch.targets, batch.size)
         for name in self.sums:
             call = None if values is None else self._call(traced, values, name)  # type: ignore[arg-type]
             deltas = None if call is None else self._fused(name, call, batch, logits)
@@ -240,24 +249,25 @@ class LossDeltas:
         targets = batch.targets
         if (
             len(call.units) > 1
-            or not self.loss.is_plain_cross_entropy
+            or not self.masked_loss.is_plain_cross_entropy
             or self.output_transform is not None
             or not isinstance(targets, Tensor)
-            or targets.dtype != torch.int64
-            or targets.dim() != 1
             or logits.dim() != 2
             or not ops.has_ablation_kernels(logits)
         ):
             return None
-        kept = targets != self.loss.ignore_index
+        kept = None
+        if self.to_predictions:
+            if logits.shape[1] > MOST_CLASSES:
+                return None
+        elif targets.dtype != torch.int64 or targets.dim() != 1:
+            return None
+        else:
+            kept = targets != self.loss.ignore_index
+            targets = torch.where(kept, targets, 0)
+            kept = None if bool(kept.all()) else kept.to(logits.dtype)
         return fused_deltas(
-            call.traced,
-            call.values,
-            call.units[0][0],
-            call.node,
-            self.pieces[name],
-            torch.where(kept, targets, 0),
-            None if bool(kept.all()) else kept.to(logits.dtype),
+            call.traced, call.values, call.units[0][0], call.node, self.pieces[name], targets, kept
         )
 
     def _one_by_one(self, name: str, call: _Call | None, batch: Batch, losses: Tensor, last: bool) -> Tensor:
@@ -277,11 +287,19 @@ class LossDeltas:
             for index, output in enumerate(outputs):
                 if output is not None:
                     logits = read_logits(output, self.output_transform)
-                    masked_losses, _ = self.loss(logits, batch.targets, batch.size)
+                    masked_losses, _ = self.masked_loss(logits, batch.targets, batch.size)
                     deltas[index] = (masked_losses - losses).sum()
                 if last:
                     self.advance(1)
         return deltas
+
+
+def _predictions(logits: Tensor, targets: Tensor, ignore_index: int) -> Tensor:
+    """The model's probabilities as targets; zeros, which have no loss, where a label is left out."""
+    probabilities = logits.double().softmax(1)
+    if targets.is_floating_point():
+        return probabilities
+    return torch.where((targets != ignore_index).unsqueeze(1), probabilities, 0.0)
 
 
 def _masked_suffixes(call: _Call, pieces: Granularity) -> Generator[Any, None, None] | None:

@@ -44,7 +44,7 @@ from ..tracing import Traces
 from .calibration import Calibration, weight_shape_of
 from .chunks import PROBE_SAMPLES, default_memory_budget
 from .criteria import CRITERIA
-from .criterion import Criterion, Findings, UserCriterion, evaluate, name_of
+from .criterion import Criterion, Findings, LossDelta, UserCriterion, evaluate, name_of
 from .eval_mode import EvalMode
 from .first_forward import find_norms, first_forward, fitting_norms
 from .loss_delta import LossDeltas
@@ -59,7 +59,7 @@ def check_criterion(criterion: str | UserCriterion) -> None:
 def needs_data(criterion: str | UserCriterion) -> bool:
     """Tell whether a criterion reads the loader, or raise ValueError for one that does not exist."""
     chosen = _chosen(criterion)
-    return chosen is None or (isinstance(chosen, Criterion) and chosen.needs_data)
+    return isinstance(chosen, LossDelta) or (isinstance(chosen, Criterion) and chosen.needs_data)
 
 
 def score(
@@ -92,8 +92,9 @@ def score(
         loader: an iterable of ``(inputs, targets)`` or of dicts with ``labels``; None for "magnitude" and
             "random", which read one batch of it to count FLOPs.
         criterion: "loss_delta", the name of a class of ``fp.criteria`` ("magnitude", "gradient",
-            "gradient_change", "taylor", "fisher", "activation", "wanda", "random"), such an object with
-            options, or any callable from a :class:`Calibration` to a dict of scores.
+            "gradient_change", "taylor", "fisher", "activation", "wanda", "random"), such an object or
+            ``fp.criteria.LossDelta`` with options, or any callable from a :class:`Calibration` to a dict of
+            scores.
         granularity: ``fp.Block(rows, cols)``, ``fp.Unit()``, ``fp.InputUnit()``, ``fp.Head()``,
             ``fp.Element()``, ``fp.Layer()`` or ``fp.ParameterTensor()``; "auto" chooses the blocks by
             measured latency and loss, as :class:`AutoBlock` does, which has options.
@@ -112,8 +113,8 @@ def score(
 
     Raises:
         TypeError: an argument is of the wrong kind, or the loader yields something else than batches.
-        ValueError: the loader is empty, no layer is left, the criterion has no score for such pieces, or
-            weights, losses or scores are NaN or inf.
+        ValueError: the loader is empty, no layer is left, the criterion has no score for such pieces or
+            such a ``loss_fn``, or weights, losses or scores are NaN or inf.
 
     """
     chosen = _chosen(criterion)
@@ -141,6 +142,8 @@ def score(
         memory_budget = default_memory_budget(model_device(model))
     check_count(memory_budget, "memory_budget")
     loss = Loss(loss_fn)
+    if chosen == LossDelta("predictions") and not loss.is_cross_entropy:
+        raise ValueError(f"`loss_fn` must be cross-entropy for criterion {chosen}, got {loss_fn!r}")
     if loader is None and needs_data(criterion):
         raise TypeError(f"`loader` must be an iterable of batches for criterion '{criterion}', got None")
     couples = isinstance(granularity, Unit) and granularity.coupled
@@ -152,7 +155,7 @@ def score(
         if loader is not None:
             probe = source.first().head(PROBE_SAMPLES)
             first = first_forward(model, layers, granularities, probe)
-        if chosen is None:
+        if isinstance(chosen, LossDelta):
             assert probe is not None
             traced = _trace_of(traces, probe)
         elif granularity.masks_norms or couples or getattr(chosen, "needs_trace", False):
@@ -162,10 +165,18 @@ def score(
             norms = fitting_norms(norms, layers, first)
         coupled = _coupled(traced, probe, layers) if couples else ()
         shapes = {name: weight_shape_of(module, granularities[name], name) for name, module in layers.items()}
-        if chosen is None:
-            assert loader is not None
+        if isinstance(chosen, LossDelta):
             deltas = LossDeltas(
-                model, layers, granularities, loss, output_transform, traces, norms, coupled, memory_budget
+                model,
+                layers,
+                granularities,
+                loss,
+                output_transform,
+                traces,
+                norms,
+                coupled,
+                memory_budget,
+                to_predictions=chosen.targets == "predictions",
             )
             found = _loss_deltas(deltas, source, progress)
         else:
@@ -224,14 +235,16 @@ def _coupled(traced: TracedModel | None, batch: Batch | None, layers: dict[str, 
     return coupled_layers(traced, traced.run(batch), layers)
 
 
-def _chosen(criterion: object) -> UserCriterion | None:
-    """The callable to ask, None for the exact loss delta."""
+def _chosen(criterion: object) -> UserCriterion:
+    """The callable to ask, or the options of the exact loss delta."""
+    if isinstance(criterion, LossDelta):
+        return criterion
     if callable(criterion) and not isinstance(criterion, type):
         return criterion
     names = ("loss_delta", *CRITERIA)
     if not isinstance(criterion, str) or criterion not in names:
         raise ValueError(f"`criterion` must be one of {', '.join(names)}, got {criterion!r}")
-    return None if criterion == "loss_delta" else CRITERIA[criterion]()
+    return LossDelta() if criterion == "loss_delta" else CRITERIA[criterion]()
 
 
 class _Source:
