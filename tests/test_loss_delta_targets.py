@@ -90,7 +90,7 @@ def test_they_are_the_divergences_of_masked_forwards_in_float64(name):
             expected, entropy = brute_force(model, targets, layer, own, sums, norms.get(layer), case.pick)
             measured = ~expected.isnan()
             error = (scores[layer].flatten() - expected).abs()[measured]
-            # Divergences are second order: the loss's own digits, of which deltas may lose some, would hide all.
+            # Divergences are of second order, small beside the loss: its share would hide all errors.
             assert bool((error <= 1e-3 * expected[measured] + 1e-8 * entropy).all()), layer
             assert bool((expected[measured] > 1e-6 * entropy).any())
             assert bool((scores[layer] >= -1e-12).all())
@@ -128,7 +128,9 @@ def test_kernels_serve_few_classes_and_the_suffix_many(classes, granularity, mon
 def test_labels_count_for_the_reported_loss_alone():
     model, loader = mlp(), classification_batches()
     others = [(inputs, (targets + 1) % 5) for inputs, targets in loader]
-    first, second = (fp.score(model, data, criterion=PREDICTIONS, progress=False) for data in (loader, others))
+    first, second = (
+        fp.score(model, batches, criterion=PREDICTIONS, progress=False) for batches in (loader, others)
+    )
     assert first.loss != second.loss
     assert first.loss == fp.score(model, loader, progress=False).loss
     for name in first:

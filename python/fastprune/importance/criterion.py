@@ -61,7 +61,7 @@ class LossDelta(Named):
     Source: the loss that distillation recovers, Hinton et al. 2015, "Distilling the Knowledge in a Neural
     Network", section 2, at temperature 1. To second order in the logits it is ``1/2 d^T (diag(p) - p p^T) d``
     with their change ``d``, the Fisher information of the model's own distribution as in Martens 2020, "New
-    Insights and Perspectives on the Natural Gradient Method", section 8.
+    Insights and Perspectives on the Natural Gradient Method".
 
     """
 

@@ -162,7 +162,9 @@ def _through_one_activation(
     activation = activations[0] if activations else None
     table = _as_tensor(masked, logits)
     return _over_targets(
-        lambda tensors, labels, kept: ops.ablated_mlp_cross_entropy(*tensors, labels, table, activation, kept),
+        lambda tensors, labels, kept: ops.ablated_mlp_cross_entropy(
+            *tensors, labels, table, activation, kept
+        ),
         (logits, values[op.input], values[layer]),
         (weight, last_weight),
         targets,
