@@ -85,7 +85,9 @@ def fused_deltas(
         return None
     table = _as_tensor(masked, logits)
     return _over_targets(
-        lambda tensors, labels, kept: ops.ablated_cross_entropy(*tensors, labels, table, kept),
+        lambda logits, hidden, weight, labels, kept: ops.ablated_cross_entropy(
+            logits, hidden, weight, labels, table, kept
+        ),
         (logits, hidden),
         (weight,),
         targets,
@@ -94,7 +96,7 @@ def fused_deltas(
 
 
 def _over_targets(
-    deltas: Callable[[Sequence[Tensor], Tensor, Tensor | None], Tensor],
+    deltas: Callable[..., Tensor],
     samples: Sequence[Tensor],
     weights: Sequence[Tensor],
     targets: Tensor,
@@ -106,7 +108,7 @@ def _over_targets(
     samples at a time, so that there are about as many repeated rows as samples.
     """
     if targets.dim() == 1:
-        return deltas((*samples, *weights), targets, kept)
+        return deltas(*samples, *weights, targets, kept)
     count, classes = targets.shape
     dtype = samples[0].dtype if samples[0].is_cuda else torch.float64
     wide = [weight.to(dtype) for weight in weights]
@@ -114,7 +116,8 @@ def _over_targets(
     parts = zip(*(tensor.tensor_split(min(count, classes)) for tensor in (*samples, targets)), strict=True)
     sums = [
         deltas(
-            (*(tensor.to(dtype).repeat_interleave(classes, 0) for tensor in part), *wide),
+            *(tensor.to(dtype).repeat_interleave(classes, 0) for tensor in part),
+            *wide,
             labels.repeat(len(probabilities)),
             probabilities.flatten().to(dtype),
         )
@@ -162,8 +165,8 @@ def _through_one_activation(
     activation = activations[0] if activations else None
     table = _as_tensor(masked, logits)
     return _over_targets(
-        lambda tensors, labels, kept: ops.ablated_mlp_cross_entropy(
-            *tensors, labels, table, activation, kept
+        lambda logits, input, before, first, second, labels, kept: ops.ablated_mlp_cross_entropy(
+            logits, input, before, first, second, labels, table, activation, kept
         ),
         (logits, values[op.input], values[layer]),
         (weight, last_weight),

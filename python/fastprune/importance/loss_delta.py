@@ -256,7 +256,7 @@ class LossDeltas:
             or not ops.has_ablation_kernels(logits)
         ):
             return None
-        kept = None
+        kept: Tensor | None = None
         if self.to_predictions:
             if logits.shape[1] > MOST_CLASSES:
                 return None
