@@ -118,10 +118,13 @@ class Columns(fp.Block):
     """Pieces of the user's own: they have no file format."""
 
 
-def test_pieces_and_criteria_of_the_users_own_are_compressed_and_resumed(tmp_path):
+@pytest.mark.parametrize(
+    "criterion", [fp.criteria.Taylor(per_sample=True), fp.criteria.LossDelta("predictions")], ids=str
+)
+def test_pieces_and_criteria_of_the_users_own_are_compressed_and_resumed(criterion, tmp_path):
     model, train, val = task()
 
-    options = {**OPTIONS, "granularity": Columns(17, 1), "criterion": fp.criteria.Taylor(per_sample=True)}
+    options = {**OPTIONS, "granularity": Columns(17, 1), "criterion": criterion}
     first = fp.compress(model, train, val, **options, checkpoint_dir=tmp_path)
     again = fp.compress(model, train, val, **options, checkpoint_dir=tmp_path)
     assert_same_bits(again.model, first.model)

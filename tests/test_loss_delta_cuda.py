@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from typing import Literal
 
 import pytest
 import torch
@@ -141,13 +142,15 @@ def test_what_is_out_of_range_gives_nan() -> None:
     assert deltas.isnan().tolist() == [False, False, True, False, False, False]
 
 
+@pytest.mark.parametrize("targets", ["labels", "predictions"])
 @pytest.mark.parametrize("name", NETWORKS)
-def test_scores_are_those_of_the_cpu_in_float64(name: str) -> None:
+def test_scores_are_those_of_the_cpu_in_float64(name: str, targets: Literal["labels", "predictions"]) -> None:
     case = CASES[name]
     torch.manual_seed(0)
     model = case.model()
     loader = case.loader()
-    options = {"progress": False, "loss_fn": case.loss_fn, "include": case.layers}
+    criterion = fp.criteria.LossDelta(targets)
+    options = {"criterion": criterion, "progress": False, "loss_fn": case.loss_fn, "include": case.layers}
     for granularity in case.granularities[:2]:
         exact_model = copy.deepcopy(model).double()
         exact_loader = [

@@ -33,6 +33,7 @@ MERGED = [
     (fp.criteria.Random(3), fp.Unit()),
     ("loss_delta", fp.Unit()),
     ("loss_delta", fp.Block(4, 3)),
+    (fp.criteria.LossDelta("predictions"), fp.Block(4, 3)),
     ("taylor", fp.Unit()),
     ("taylor", fp.Element()),
     (fp.criteria.Taylor(per_sample=True), fp.Block(4, 3)),

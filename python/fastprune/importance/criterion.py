@@ -14,7 +14,7 @@ from ..granularity import Granularity
 from .calibration import Calibration
 
 Merging = Literal["mean", "absolute mean", "root mean", "max", "same", "never"]
-UserCriterion = Callable[[Calibration], Mapping[str, Tensor]]
+ScoreFunction = Callable[[Calibration], Mapping[str, Tensor]]
 
 _FINISH: dict[str, Callable[[Tensor], Tensor]] = {"absolute mean": torch.abs, "root mean": torch.sqrt}
 
@@ -25,7 +25,59 @@ def finish(merging: Merging, means: Tensor) -> Tensor:
 
 
 @dataclasses.dataclass(frozen=True)
-class Criterion(abc.ABC):
+class Named:
+    """Options whose string is the name that scores carry."""
+
+    def __str__(self) -> str:
+        """Return the name, with the options that are not at their defaults."""
+        options = ", ".join(
+            f"{field.name}={getattr(self, field.name)!r}"
+            for field in dataclasses.fields(self)
+            if getattr(self, field.name) != field.default
+        )
+        name = "".join(f"_{c.lower()}" if c.isupper() else c for c in type(self).__name__).lstrip("_")
+        return f"{name}({options})" if options else name
+
+
+@dataclasses.dataclass(frozen=True)
+class LossDelta(Named):
+    """The exact change of the loss when a piece is masked, which :func:`fastprune.score` computes itself.
+
+    With ``targets="labels"`` it is ``loss(masked) - loss(original)``, of either sign. With "predictions" the
+    cross-entropy is taken against the model's own probabilities ``p``, so that the change is the divergence
+    ``KL(p || p_masked)``: never below zero, and without the first-order term, which for a small piece is
+    most of the other and has either sign. Labels then count for ``ignore_index`` and ``scores.loss`` alone,
+    class weights and label smoothing for nothing.
+
+    Example:
+        >>> fp.score(model, loader, criterion=fp.criteria.LossDelta(targets="predictions"))
+
+    Args:
+        targets: what the cross-entropy compares with, "labels" or "predictions".
+
+    Raises:
+        ValueError: ``targets`` is neither; or, in :func:`score`, ``loss_fn`` is no cross-entropy.
+
+    Source: the loss that distillation recovers, Hinton et al. 2015, "Distilling the Knowledge in a Neural
+    Network", section 2, at temperature 1. To second order in the logits it is ``1/2 d^T (diag(p) - p p^T) d``
+    with their change ``d``, the Fisher information of the model's own distribution as in Martens 2020, "New
+    Insights and Perspectives on the Natural Gradient Method".
+
+    """
+
+    targets: Literal["labels", "predictions"] = "labels"
+
+    def __post_init__(self) -> None:
+        """Check the option."""
+        if self.targets not in ("labels", "predictions"):
+            raise ValueError(f"`targets` must be 'labels' or 'predictions', got {self.targets!r}")
+
+
+UserCriterion = ScoreFunction | LossDelta
+
+
+@dataclasses.dataclass(frozen=True)
+class Criterion(Named, abc.ABC):
     """A criterion with options: a frozen dataclass that is called with a :class:`Calibration`.
 
     ``means`` gives what is averaged over the data, and ``merging`` says what scores are made of it, so that
@@ -80,16 +132,6 @@ class Criterion(abc.ABC):
             for name, layer in means.items()
         }
 
-    def __str__(self) -> str:
-        """Return the name, with the options that are not at their defaults."""
-        options = ", ".join(
-            f"{field.name}={getattr(self, field.name)!r}"
-            for field in dataclasses.fields(self)
-            if getattr(self, field.name) != field.default
-        )
-        name = "".join(f"_{c.lower()}" if c.isupper() else c for c in type(self).__name__).lstrip("_")
-        return f"{name}({options})" if options else name
-
 
 @dataclasses.dataclass(frozen=True)
 class Findings:
@@ -105,12 +147,12 @@ class Findings:
 
 def name_of(criterion: object) -> str:
     """Return the name of a criterion as scores carry it."""
-    if isinstance(criterion, Criterion):
+    if isinstance(criterion, Named):
         return str(criterion)
     return getattr(criterion, "__name__", type(criterion).__name__)
 
 
-def evaluate(criterion: UserCriterion, calibration: Calibration) -> Findings:
+def evaluate(criterion: ScoreFunction, calibration: Calibration) -> Findings:
     """Ask a criterion for its scores and check them.
 
     Raises:

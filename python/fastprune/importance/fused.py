@@ -7,6 +7,7 @@ apart: activations, batch norms, residual sums, pools.
 from __future__ import annotations
 
 import itertools
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -19,6 +20,9 @@ from ..node_ops import NodeOp, fused_activation, node_op
 from .piece_changes import rectangles
 
 Values = dict[fx.Node, Any]
+
+# One kernel call for each class costs their number squared; from here on the suffix is run instead.
+MOST_CLASSES = 32
 
 _KEEP_CHANNELS_APART = ("elementwise", "batch_norm", "channelwise", "flatten")
 
@@ -40,7 +44,7 @@ def fused_deltas(
         start: the node whose channels a masked unit sets to zero: the layer, or the batch norm after it.
         layer: the call of the layer.
         pieces: the granularity, with what the layer adds to it.
-        targets: ``[samples]``, class indices.
+        targets: ``[samples]``, class indices; or ``[samples, classes]``, probabilities.
         kept: ``[samples]``, 0 for samples that are left out; None where all count.
 
     Returns:
@@ -79,7 +83,47 @@ def fused_deltas(
         masked = [(0, classes, j * size, min((j + 1) * size, features)) for j in range(count)]
     if masked is None:
         return None
-    return ops.ablated_cross_entropy(logits, hidden, weight, targets, _as_tensor(masked, logits), kept)
+    table = _as_tensor(masked, logits)
+    return _over_targets(
+        lambda logits, hidden, weight, labels, kept: ops.ablated_cross_entropy(
+            logits, hidden, weight, labels, table, kept
+        ),
+        (logits, hidden),
+        (weight,),
+        targets,
+        kept,
+    )
+
+
+def _over_targets(
+    deltas: Callable[..., Tensor],
+    samples: Sequence[Tensor],
+    weights: Sequence[Tensor],
+    targets: Tensor,
+    kept: Tensor | None,
+) -> Tensor:
+    """Deltas for class indices; for probabilities, those of each sample with each class, weighted by them.
+
+    In float64 where the kernels have it, since the first-order terms of the classes cancel; a part of the
+    samples at a time, so that there are about as many repeated rows as samples.
+    """
+    if targets.dim() == 1:
+        return deltas(*samples, *weights, targets, kept)
+    count, classes = targets.shape
+    dtype = samples[0].dtype if samples[0].is_cuda else torch.float64
+    wide = [weight.to(dtype) for weight in weights]
+    labels = torch.arange(classes, device=targets.device)
+    parts = zip(*(tensor.tensor_split(min(count, classes)) for tensor in (*samples, targets)), strict=True)
+    sums = [
+        deltas(
+            *(tensor.to(dtype).repeat_interleave(classes, 0) for tensor in part),
+            *wide,
+            labels.repeat(len(probabilities)),
+            probabilities.flatten().to(dtype),
+        )
+        for *part, probabilities in parts
+    ]
+    return torch.stack(sums).sum(0)
 
 
 def _as_tensor(rectangles: list[tuple[int, int, int, int]], like: Tensor) -> Tensor:
@@ -118,15 +162,15 @@ def _through_one_activation(
     if masked is None:
         return None
     logits = values[last_node]
-    return ops.ablated_mlp_cross_entropy(
-        logits,
-        values[op.input],
-        values[layer],
-        weight,
-        last_weight,
+    activation = activations[0] if activations else None
+    table = _as_tensor(masked, logits)
+    return _over_targets(
+        lambda logits, input, before, first, second, labels, kept: ops.ablated_mlp_cross_entropy(
+            logits, input, before, first, second, labels, table, activation, kept
+        ),
+        (logits, values[op.input], values[layer]),
+        (weight, last_weight),
         targets,
-        _as_tensor(masked, logits),
-        activations[0] if activations else None,
         kept,
     )
 

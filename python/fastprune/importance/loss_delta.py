@@ -27,7 +27,7 @@ from ..node_ops import NodeOp, node_op
 from ..tracing import Traces
 from .calibration import weight_shape_of
 from .chunks import PROBE_SAMPLES, samples_at_once
-from .fused import fused_deltas
+from .fused import MOST_CLASSES, fused_deltas
 from .masked_forwards import masked_forwards
 from .packed_layers import PackedLayers
 from .piece_changes import piece_changes
@@ -66,8 +66,7 @@ class LossDeltas:
         norms: layer name to the name of the batch norm whose channels go with units.
         coupled: groups of layers whose units are masked together.
         memory_budget: bytes that the values of a traced model and what is computed from them may take.
-        from_predictions: deltas are of the loss against the probabilities that the unmasked model gives,
-            not against the targets of the batches.
+        to_predictions: whether the loss is the cross-entropy against the model's own probabilities.
 
     """
 
@@ -82,18 +81,16 @@ class LossDeltas:
         norms: dict[str, str],
         coupled: Coupled,
         memory_budget: int,
-        from_predictions: bool = False,
+        *,
+        to_predictions: bool = False,
     ) -> None:
-        if from_predictions and not loss.is_plain_cross_entropy:
-            raise ValueError(
-                "`loss_fn` must be cross-entropy without weights or label smoothing for loss deltas from "
-                f"predictions, got {loss.loss_fn!r}"
-            )
-        self.from_predictions = from_predictions
         self.model = model
         self.layers = layers
         self.granularities = granularities
-        self.loss = loss
+        self.to_predictions = to_predictions
+        self.loss = Loss(nn.CrossEntropyLoss(ignore_index=loss.ignore_index)) if to_predictions else loss
+        # With probabilities as targets torch's cross-entropy takes no ignore_index.
+        self.masked_loss = Loss() if to_predictions else loss
         self.output_transform = output_transform
         self.traces = traces
         self.norms = norms
@@ -156,7 +153,7 @@ class LossDeltas:
             return sys.maxsize
         values = traced.run(probe)
         logits = read_logits(values[traced.output_node], self.output_transform)
-        losses, _ = self.loss(logits, self._targets(probe, logits), probe.size)
+        losses, _ = self.loss(logits, probe.targets, probe.size)
         if losses.dim() == 0:  # the mean of a loss function that may weigh its samples
             return sys.maxsize
         count = samples_at_once(values, probe.size, self.memory_budget)
@@ -167,18 +164,20 @@ class LossDeltas:
         values = None if traced is None else traced.run(batch)
         output = batch.fresh().call(self.model) if values is None else values[traced.output_node]  # type: ignore[union-attr]
         logits = read_logits(output, self.output_transform)
-        targets = self._targets(batch, logits)
-        losses, weight = self.loss(logits, targets, batch.size)
+        losses, weight = self.loss(logits, batch.targets, batch.size)
         if not bool(losses.isfinite().all()):
             where = self._where_not_finite(traced, values or {})
             raise ValueError(f"the loss is NaN or inf in batch {self.num_batches} of `loader`{where}")
         self.loss_sum += float(losses.sum())
         self.total_weight += weight
+        if self.to_predictions:
+            batch = batch._replace(targets=_predictions(logits, batch.targets, self.loss.ignore_index))
+            losses, _ = self.masked_loss(logits, batch.targets, batch.size)
         for name in self.sums:
             call = None if values is None else self._call(traced, values, name)  # type: ignore[arg-type]
-            deltas = None if call is None else self._fused(name, call, targets, logits)
+            deltas = None if call is None else self._fused(name, call, batch, logits)
             if deltas is None:
-                deltas = self._one_by_one(name, call, batch, targets, losses, last)
+                deltas = self._one_by_one(name, call, batch, losses, last)
             elif last:  # of a batch: the progress bar counts each piece once for it
                 self.advance(len(deltas))
             if not bool(deltas.isfinite().all()):
@@ -245,37 +244,33 @@ class LossDeltas:
         norms = [self._norm_of(member) for member in (name, *others)]
         return [*(self.layers[other] for other in others), *(norm for norm in norms if norm is not None)]
 
-    def _targets(self, batch: Batch, logits: Any) -> Any:
-        """What the loss is against: for predictions probabilities, whose cross-entropy only grows."""
-        return logits.double().softmax(1) if self.from_predictions else batch.targets
-
-    def _fused(self, name: str, call: _Call, targets: Any, logits: Tensor) -> Tensor | None:
+    def _fused(self, name: str, call: _Call, batch: Batch, logits: Tensor) -> Tensor | None:
         """Deltas by one kernel, or None where there is none."""
+        targets = batch.targets
         if (
             len(call.units) > 1
-            or not self.loss.is_plain_cross_entropy
+            or not self.masked_loss.is_plain_cross_entropy
             or self.output_transform is not None
             or not isinstance(targets, Tensor)
-            or targets.dtype != torch.int64
-            or targets.dim() != 1
             or logits.dim() != 2
             or not ops.has_ablation_kernels(logits)
         ):
             return None
-        kept = targets != self.loss.ignore_index
+        kept: Tensor | None = None
+        if self.to_predictions:
+            if logits.shape[1] > MOST_CLASSES:
+                return None
+        elif targets.dtype != torch.int64 or targets.dim() != 1:
+            return None
+        else:
+            kept = targets != self.loss.ignore_index
+            targets = torch.where(kept, targets, 0)
+            kept = None if bool(kept.all()) else kept.to(logits.dtype)
         return fused_deltas(
-            call.traced,
-            call.values,
-            call.units[0][0],
-            call.node,
-            self.pieces[name],
-            torch.where(kept, targets, 0),
-            None if bool(kept.all()) else kept.to(logits.dtype),
+            call.traced, call.values, call.units[0][0], call.node, self.pieces[name], targets, kept
         )
 
-    def _one_by_one(
-        self, name: str, call: _Call | None, batch: Batch, targets: Any, losses: Tensor, last: bool
-    ) -> Tensor:
+    def _one_by_one(self, name: str, call: _Call | None, batch: Batch, losses: Tensor, last: bool) -> Tensor:
         """Deltas by one masked suffix, or one masked forward, for each piece."""
         outputs = None if call is None else _masked_suffixes(call, self.pieces[name])
         if outputs is None:
@@ -292,11 +287,19 @@ class LossDeltas:
             for index, output in enumerate(outputs):
                 if output is not None:
                     logits = read_logits(output, self.output_transform)
-                    masked_losses, _ = self.loss(logits, targets, batch.size)
+                    masked_losses, _ = self.masked_loss(logits, batch.targets, batch.size)
                     deltas[index] = (masked_losses - losses).sum()
                 if last:
                     self.advance(1)
         return deltas
+
+
+def _predictions(logits: Tensor, targets: Tensor, ignore_index: int) -> Tensor:
+    """The model's probabilities as targets; zeros, which have no loss, where a label is left out."""
+    probabilities = logits.double().softmax(1)
+    if targets.is_floating_point():
+        return probabilities
+    return torch.where((targets != ignore_index).unsqueeze(1), probabilities, 0.0)
 
 
 def _masked_suffixes(call: _Call, pieces: Granularity) -> Generator[Any, None, None] | None:

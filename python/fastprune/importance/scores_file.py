@@ -39,7 +39,7 @@ def granularity_to_json(granularity: Granularity) -> dict[str, Any]:
     """
     if not has_file_format(granularity):
         raise ValueError(f"scores of a granularity of your own cannot be saved: {granularity}")
-    fields = dataclasses.asdict(granularity)
+    fields = dataclasses.asdict(granularity)  # type: ignore[call-overload]
     return {"kind": type(granularity).__name__, **fields}
 
 

@@ -43,8 +43,8 @@ from ..masks import piece_mask_of
 from ..tracing import Traces
 from .calibration import Calibration, weight_shape_of
 from .chunks import PROBE_SAMPLES, default_memory_budget
-from .criteria import CRITERIA, LossDelta
-from .criterion import Criterion, Findings, UserCriterion, evaluate, name_of
+from .criteria import CRITERIA
+from .criterion import Criterion, Findings, LossDelta, UserCriterion, evaluate, name_of
 from .eval_mode import EvalMode
 from .first_forward import find_norms, first_forward, fitting_norms
 from .loss_delta import LossDeltas
@@ -59,7 +59,7 @@ def check_criterion(criterion: str | UserCriterion) -> None:
 def needs_data(criterion: str | UserCriterion) -> bool:
     """Tell whether a criterion reads the loader, or raise ValueError for one that does not exist."""
     chosen = _chosen(criterion)
-    return isinstance(chosen, Criterion) and chosen.needs_data
+    return isinstance(chosen, LossDelta) or (isinstance(chosen, Criterion) and chosen.needs_data)
 
 
 def score(
@@ -92,9 +92,9 @@ def score(
         loader: an iterable of ``(inputs, targets)`` or of dicts with ``labels``; None for "magnitude" and
             "random", which read one batch of it to count FLOPs.
         criterion: "loss_delta", the name of a class of ``fp.criteria`` ("magnitude", "gradient",
-            "gradient_change", "taylor", "fisher", "activation", "wanda", "random"), such an object with
-            options, as ``fp.criteria.LossDelta(targets="predictions")`` is, or any callable from a
-            :class:`Calibration` to a dict of scores.
+            "gradient_change", "taylor", "fisher", "activation", "wanda", "random"), such an object or
+            ``fp.criteria.LossDelta`` with options, or any callable from a :class:`Calibration` to a dict of
+            scores.
         granularity: ``fp.Block(rows, cols)``, ``fp.Unit()``, ``fp.InputUnit()``, ``fp.Head()``,
             ``fp.Element()``, ``fp.Layer()`` or ``fp.ParameterTensor()``; "auto" chooses the blocks by
             measured latency and loss, as :class:`AutoBlock` does, which has options.
@@ -113,8 +113,8 @@ def score(
 
     Raises:
         TypeError: an argument is of the wrong kind, or the loader yields something else than batches.
-        ValueError: the loader is empty, no layer is left, the criterion has no score for such pieces, or
-            weights, losses or scores are NaN or inf.
+        ValueError: the loader is empty, no layer is left, the criterion has no score for such pieces or
+            such a ``loss_fn``, or weights, losses or scores are NaN or inf.
 
     """
     chosen = _chosen(criterion)
@@ -142,6 +142,8 @@ def score(
         memory_budget = default_memory_budget(model_device(model))
     check_count(memory_budget, "memory_budget")
     loss = Loss(loss_fn)
+    if chosen == LossDelta("predictions") and not loss.is_cross_entropy:
+        raise ValueError(f"`loss_fn` must be cross-entropy for criterion {chosen}, got {loss_fn!r}")
     if loader is None and needs_data(criterion):
         raise TypeError(f"`loader` must be an iterable of batches for criterion '{criterion}', got None")
     couples = isinstance(granularity, Unit) and granularity.coupled
@@ -164,7 +166,6 @@ def score(
         coupled = _coupled(traced, probe, layers) if couples else ()
         shapes = {name: weight_shape_of(module, granularities[name], name) for name, module in layers.items()}
         if isinstance(chosen, LossDelta):
-            assert loader is not None
             deltas = LossDeltas(
                 model,
                 layers,
@@ -175,7 +176,7 @@ def score(
                 norms,
                 coupled,
                 memory_budget,
-                from_predictions=chosen.targets == "predictions",
+                to_predictions=chosen.targets == "predictions",
             )
             found = _loss_deltas(deltas, source, progress)
         else:
@@ -235,7 +236,9 @@ def _coupled(traced: TracedModel | None, batch: Batch | None, layers: dict[str, 
 
 
 def _chosen(criterion: object) -> UserCriterion:
-    """The callable to ask, or a LossDelta, which says what deltas are of."""
+    """The callable to ask, or the options of the exact loss delta."""
+    if isinstance(criterion, LossDelta):
+        return criterion
     if callable(criterion) and not isinstance(criterion, type):
         return criterion
     names = ("loss_delta", *CRITERIA)
