@@ -44,7 +44,7 @@ VALIDATION_SNIPPETS = 1000
 PROJECTIONS = ("*.query", "*.key", "*.value", "*.dense")
 DENSE_EPOCHS = 2
 ROUNDS = 3
-EPOCHS = 2
+EPOCHS = 1
 SCORED_SNIPPETS = 256
 MAX_SPARSITY = 0.9  # of a layer: without a floor the ranking empties the feed-forward layers of the last half
 
