@@ -37,7 +37,7 @@ def granularity_to_json(granularity: Granularity) -> dict[str, Any]:
         ValueError: it is not one of fastprune's own, which no other process could read.
 
     """
-    if not has_file_format(granularity):
+    if _GRANULARITIES.get(type(granularity).__name__) is not type(granularity):
         raise ValueError(f"scores of a granularity of your own cannot be saved: {granularity}")
     fields = dataclasses.asdict(granularity)  # type: ignore[call-overload]
     return {"kind": type(granularity).__name__, **fields}
