@@ -22,7 +22,8 @@ void run(const Tensor& input, const Tensor& packed_values, const Tensor& crow_in
   const auto& weight = args.weight;
   check_structure(kOp, weight.crow_indices, weight.col_indices, weight.block_rows,
                   ceil_divide(args.input.cols, weight.cols), packed_values.size(0));
-  BlockProductArgs<T, W> product;
+  std::conditional_t<std::is_same_v<T, W>, BlockProductArgs<T>, MixedBlockProductArgs<T, W>>
+      product;
   product.input = args.input;
   product.weight = {weight.packed_values, weight.crow_indices, weight.col_indices,
                     /*blocks=*/nullptr,   weight.block_rows,   weight.rows,

@@ -23,7 +23,7 @@ void multiply(const BlockProductArgs<T>& args) {
 
 // The same for few samples and weights of 16 bits.
 template <class W>
-void multiply_few_samples(const BlockProductArgs<float, W>& args) {
+void multiply_few_samples(const MixedBlockProductArgs<float, W>& args) {
   if (args.input.rows == 0 || args.output.cols == 0) return;
   const auto multiply_range = few_samples_product_of<W>(cpu_kernels());
   const auto& weight = args.weight;

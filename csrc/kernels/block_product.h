@@ -27,13 +27,17 @@ struct BlockLists {
 };
 
 // W: how the weights are stored; 16-bit ones are widened, which is exact.
-template <class T, class W = T>
-struct BlockProductArgs {
+template <class T, class W>
+struct MixedBlockProductArgs {
   MatrixView<const T> input;  // columns past the last one count as zeros
   BlockLists<W> weight;
   const T* bias;         // [output.cols] or null
   MatrixView<T> output;  // outputs past the last column are not stored
   Activation activation;
 };
+
+// A template of one type, as the CUDA kernels take it.
+template <class T>
+struct BlockProductArgs : MixedBlockProductArgs<T, T> {};
 
 }  // namespace fastprune

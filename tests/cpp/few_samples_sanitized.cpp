@@ -54,7 +54,7 @@ void test_few_samples(int64_t samples, int64_t in_features, int64_t out_features
   const int64_t stride = in_features + 3;
   const auto input = random_values<float>((samples - 1) * stride + in_features);
 
-  BlockProductArgs<float, W> args;
+  MixedBlockProductArgs<float, W> args;
   args.input = {input.data(), samples, in_features, stride};
   args.weight = {values.data(),
                  pattern.crow.data(),

@@ -76,7 +76,7 @@ namespace fastprune {
   void updated_conv2d(const UpdatedConv2dArgs<T>&, const UpdatedConv2dWork&, int64_t, int64_t,     \
                       T*);                                                                         \
   template <class W>                                                                               \
-  void few_samples_product(const BlockProductArgs<float, W>&, int64_t, int64_t);                   \
+  void few_samples_product(const MixedBlockProductArgs<float, W>&, int64_t, int64_t);              \
   template <class T>                                                                               \
   constexpr CpuKernelsOf<T> kTable = {plan_block_product<T>,                                       \
                                       block_product<T>,                                            \

@@ -74,7 +74,8 @@ struct CpuKernelsOf {
 
 // Of float activations and weights of a 16-bit type.
 template <class W>
-using FewSamplesProduct = void (*)(const BlockProductArgs<float, W>&, int64_t begin, int64_t end);
+using FewSamplesProduct = void (*)(const MixedBlockProductArgs<float, W>&, int64_t begin,
+                                   int64_t end);
 
 struct CpuKernels {
   const char* isa;

@@ -17,7 +17,7 @@ constexpr int kTileSamples = 6;  // x 2 vectors: 12 accumulators, of 16 register
 // Outputs [output, output + Vectors * Lanes) of list `list`, samples [sample, sample + S).
 // Not inlined: among its callers' variables GCC keeps accumulators in memory.
 template <class T, class W, int Lanes, int Vectors, int S>
-__attribute__((noinline)) void multiply_sample_tile(const BlockProductArgs<T, W>& args,
+__attribute__((noinline)) void multiply_sample_tile(const MixedBlockProductArgs<T, W>& args,
                                                     int64_t list, int64_t output, int64_t sample) {
   using V = Vec<T, Lanes>;
   const auto& weight = args.weight;
@@ -69,7 +69,7 @@ __attribute__((noinline)) void multiply_sample_tile(const BlockProductArgs<T, W>
 }
 
 template <class T, class W, int Lanes, int Vectors, int S>
-void multiply_up_to(const BlockProductArgs<T, W>& args, int64_t list, int64_t output,
+void multiply_up_to(const MixedBlockProductArgs<T, W>& args, int64_t list, int64_t output,
                     int64_t sample, int64_t count) {
   if (count == S) {
     multiply_sample_tile<T, W, Lanes, Vectors, S>(args, list, output, sample);
@@ -81,7 +81,7 @@ void multiply_up_to(const BlockProductArgs<T, W>& args, int64_t list, int64_t ou
 // All samples, in register tiles of nearly equal height: 8 samples are 4 + 4, not 6 + 2, whose last
 // tile would leave multipliers idle.
 template <class T, class W, int Lanes, int Vectors>
-void multiply_samples(const BlockProductArgs<T, W>& args, int64_t list, int64_t output) {
+void multiply_samples(const MixedBlockProductArgs<T, W>& args, int64_t list, int64_t output) {
   int64_t sample = 0;
   for (int64_t tiles = (args.input.rows + kTileSamples - 1) / kTileSamples; tiles > 0; --tiles) {
     const int64_t count = (args.input.rows - sample + tiles - 1) / tiles;
@@ -93,7 +93,8 @@ void multiply_samples(const BlockProductArgs<T, W>& args, int64_t list, int64_t 
 // All samples for outputs [output, outputs) of a list, in ever narrower vectors: any number of
 // outputs is covered.
 template <class T, class W, int Lanes = kLanes<T>>
-void multiply_few_samples(const BlockProductArgs<T, W>& args, int64_t list, int64_t output = 0) {
+void multiply_few_samples(const MixedBlockProductArgs<T, W>& args, int64_t list,
+                          int64_t output = 0) {
   const int64_t remaining = args.output.cols - list * args.weight.outputs;
   const int64_t outputs = args.weight.outputs < remaining ? args.weight.outputs : remaining;
   if constexpr (Lanes == kLanes<T>) {

@@ -9,15 +9,15 @@ namespace fastprune {
 namespace FASTPRUNE_CPU_NAMESPACE {
 
 template <class W>
-void few_samples_product(const BlockProductArgs<float, W>& args, int64_t begin, int64_t end) {
+void few_samples_product(const MixedBlockProductArgs<float, W>& args, int64_t begin, int64_t end) {
   const auto multiply = [&](int64_t, int64_t first, int64_t last) {
     for (int64_t list = first; list < last; ++list) multiply_few_samples(args, list);
   };
   for_each_group(args.weight, 1, [](int64_t group) { return group; }, begin, end, multiply);
 }
 
-template void few_samples_product(const BlockProductArgs<float, BFloat16>&, int64_t, int64_t);
-template void few_samples_product(const BlockProductArgs<float, Float16>&, int64_t, int64_t);
+template void few_samples_product(const MixedBlockProductArgs<float, BFloat16>&, int64_t, int64_t);
+template void few_samples_product(const MixedBlockProductArgs<float, Float16>&, int64_t, int64_t);
 
 }  // namespace FASTPRUNE_CPU_NAMESPACE
 }  // namespace fastprune
