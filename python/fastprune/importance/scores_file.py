@@ -39,7 +39,7 @@ def granularity_to_json(granularity: Granularity) -> dict[str, Any]:
     """
     if _GRANULARITIES.get(type(granularity).__name__) is not type(granularity):
         raise ValueError(f"scores of a granularity of your own cannot be saved: {granularity}")
-    fields = dataclasses.asdict(granularity)  # type: ignore[call-overload]
+    fields = dataclasses.asdict(granularity)
     return {"kind": type(granularity).__name__, **fields}
 
 
