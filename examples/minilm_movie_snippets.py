@@ -46,7 +46,6 @@ DENSE_EPOCHS = 2
 ROUNDS = 3
 EPOCHS = 1
 SCORED_SNIPPETS = 256
-MAX_SPARSITY = 0.9  # of a layer: without a floor the ranking empties the feed-forward layers of the last half
 
 
 class Snippet(NamedTuple):
@@ -254,7 +253,6 @@ def shorten(
         granularity=fp.Block(16, 16),
         criterion=criterion,
         include=list(PROJECTIONS),
-        floor=fp.Floor(max_sparsity=MAX_SPARSITY),
         hard_label_weight=0.2,
         optimizer=make_optimizer,
         distillation={
