@@ -148,6 +148,15 @@ def test_a_density_survives_conversion_and_copies():
     assert layer.running_density < 1
 
 
+def test_what_runs_moves_with_the_layer():
+    layer = linear()
+    layer.set_density(0.5)
+    running = layer.running_density
+    layer.to("meta")
+    assert {part.device.type for part in layer._parts()} == {"meta"}
+    assert layer.running_density == running
+
+
 def test_a_state_of_other_blocks_runs_whole_and_of_the_same_as_before():
     layer, other, x = linear(), linear(), torch.randn(5, 43)
     other.set_density(0.5)

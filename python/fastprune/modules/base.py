@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import abc
-from collections.abc import Callable, Hashable
+from collections.abc import Hashable
 from numbers import Real
 from typing import Any
 
@@ -39,6 +39,11 @@ class RunningBlocks:
 
     def parts(self, packed_values: Tensor) -> Parts:
         """Return what a kernel reads; values are gathered once, and again when the layer's have changed."""
+        device = packed_values.device
+        if self.indices.device != device:  # the layer has moved
+            self.indices, self.crow_indices, self.col_indices = (
+                tensor.to(device) for tensor in (self.indices, self.crow_indices, self.col_indices)
+            )
         if torch.compiler.is_compiling() or (torch.is_grad_enabled() and packed_values.requires_grad):
             return packed_values[self.indices], self.crow_indices, self.col_indices
         made_of = None
@@ -174,17 +179,6 @@ class BlockSparseLayer(nn.Module, abc.ABC):
         if self._running is None:
             return self.packed_values, self.crow_indices, self.col_indices
         return self._running.parts(self.packed_values)
-
-    def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> BlockSparseLayer:
-        """Move or convert the module, with what runs of it."""
-        runs = None
-        if self._running is not None:
-            runs = torch.zeros(len(self.packed_values), dtype=torch.bool)
-            runs[self._running.indices.cpu()] = True
-        super()._apply(fn, recurse)
-        if runs is not None:
-            self.run_blocks(runs)
-        return self
 
     def _check_no_activation(self) -> None:
         if self.activation is not None:
