@@ -44,7 +44,7 @@ VALIDATION_SNIPPETS = 1000
 PROJECTIONS = ("*.query", "*.key", "*.value", "*.dense")
 DENSE_EPOCHS = 2
 ROUNDS = 3
-EPOCHS = 1
+EPOCHS = 2
 SCORED_SNIPPETS = 256
 
 
