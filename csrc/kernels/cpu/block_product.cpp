@@ -20,6 +20,21 @@ BlockProductArgs<T> samples_of(const BlockProductArgs<T>& args, int64_t begin, i
   return result;
 }
 
+// Whether vectors run along the outputs. Along the samples the last vector is partly idle, and
+// inputs are transposed; along the outputs each step of a block is read for six samples only, and
+// with one vector of outputs half of the additions wait for each other (docs/kernels.md).
+template <class T>
+bool in_place(const BlockProductArgs<T>& args) {
+  constexpr int64_t kVector = kLanes<T>;
+  const BlockLists<T>& weight = args.weight;
+  const int64_t samples = args.input.rows, idle = (kVector - samples % kVector) % kVector;
+  if (weight.output_stride != 1) return false;
+  if (samples <= kVector / 2) return true;
+  if (weight.steps < 4 || weight.outputs % kVector != 0) return false;
+  if (weight.outputs == kVector) return 16 * idle > 7 * samples;
+  return samples <= 2 * kVector || 8 * idle > samples;
+}
+
 }  // namespace
 
 template <class T>
@@ -27,7 +42,7 @@ BlockProductWork plan_block_product(const BlockProductArgs<T>& args, int64_t thr
   const int64_t samples = args.input.rows;
   constexpr int64_t kVector = kLanes<T>;
   BlockProductWork work;
-  work.transposed = args.weight.output_stride != 1 || samples > kVector / 2;
+  work.transposed = !in_place(args);
   work.units = work.transposed ? (samples + kVector - 1) / kVector : samples;
   const int64_t widest = work.transposed ? panel_vectors(args.weight) : work.units;
   work.groups = widest > 0 ? (work.units + widest - 1) / widest : 1;
@@ -58,7 +73,7 @@ void block_product(const BlockProductArgs<T>& args, const BlockProductWork& work
     if (work.transposed) {
       multiply_group(group_args, units, work.stream_output, first, last, scratch);
     } else {
-      for (int64_t list = first; list < last; ++list) multiply_few_samples(group_args, list);
+      multiply_few_samples_of_lists<T, T>(group_args, first, last);
     }
   };
   for_each_group(args.weight, work.groups, first_unit, begin, end, multiply);

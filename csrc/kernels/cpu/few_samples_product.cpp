@@ -11,7 +11,7 @@ namespace FASTPRUNE_CPU_NAMESPACE {
 template <class W>
 void few_samples_product(const MixedBlockProductArgs<float, W>& args, int64_t begin, int64_t end) {
   const auto multiply = [&](int64_t, int64_t first, int64_t last) {
-    for (int64_t list = first; list < last; ++list) multiply_few_samples(args, list);
+    multiply_few_samples_of_lists(args, first, last);
   };
   for_each_group(args.weight, 1, [](int64_t group) { return group; }, begin, end, multiply);
 }
