@@ -109,7 +109,7 @@ void test_few_samples(int64_t samples, int64_t in_features, int64_t out_features
 
 template <class W>
 void test_all() {
-  for (int64_t samples : {1, 2, 5, 16, 23}) {
+  for (int64_t samples : {1, 2, 3, 5, 16, 23}) {
     for (int64_t in_features : {1, 15, 64, 129}) {
       for (int64_t out_features : {1, 17, 151}) {
         for (int64_t rows : {1, 2, 4, 5, 8, 16, 32, 48, 64}) {

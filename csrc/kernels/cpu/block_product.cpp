@@ -21,14 +21,16 @@ BlockProductArgs<T> samples_of(const BlockProductArgs<T>& args, int64_t begin, i
 }
 
 // Whether vectors run along the outputs. Along the samples the last vector is partly idle, and
-// inputs are transposed; along the outputs each step of a block is read for six samples only, and
-// with one vector of outputs half of the additions wait for each other (docs/kernels.md).
+// inputs are transposed; along the outputs a block must be as high as a vector, each of its steps
+// is read for six samples only, and with one vector of outputs half of the additions wait for each
+// other (docs/kernels.md).
 template <class T>
 bool in_place(const BlockProductArgs<T>& args) {
   constexpr int64_t kVector = kLanes<T>;
   const BlockLists<T>& weight = args.weight;
   const int64_t samples = args.input.rows, idle = (kVector - samples % kVector) % kVector;
-  if (weight.output_stride != 1) return false;
+  if (weight.output_stride != 1 || weight.outputs == 1) return false;
+  if (weight.outputs < kVector) return samples == 1 || (samples <= 3 && weight.steps > 1);
   if (samples <= kVector / 2) return true;
   if (weight.steps < 4 || weight.outputs % kVector != 0) return false;
   if (weight.outputs == kVector) return 16 * idle > 7 * samples;

@@ -87,15 +87,16 @@ __attribute__((noinline)) void multiply_sample_tile(const MixedBlockProductArgs<
 
 // One sample and lists [list, list + Lists), whose blocks have Vectors vectors of outputs. Each
 // list adds its entries in order, the bits are those of multiply_sample_tile.
-template <class T, class W, int Lanes, int Vectors, int Lists>
+template <class T, class W, bool kOneStep, int Lanes, int Vectors, int Lists>
 __attribute__((noinline)) void multiply_side_by_side(const MixedBlockProductArgs<T, W>& args,
                                                      int64_t list) {
   using V = Vec<T, Lanes>;
   const auto& weight = args.weight;
   const T* input = args.input.data;
+  const int64_t all_steps = kOneStep ? 1 : weight.steps;
   const int32_t* offsets = weight.offsets + list;
   const auto weights_of = [&](int64_t j) {
-    return weight.values + (weight.blocks ? weight.blocks[j] : j) * weight.outputs * weight.steps;
+    return weight.values + (weight.blocks ? weight.blocks[j] : j) * weight.outputs * all_steps;
   };
   V acc[Lists][1][Vectors] = {};
 
@@ -105,16 +106,16 @@ __attribute__((noinline)) void multiply_side_by_side(const MixedBlockProductArgs
     shared = entries < shared ? entries : shared;
   }
   // The last block of a list may reach past the inputs.
-  if (shared > 0 && args.input.cols % weight.steps != 0) --shared;
+  if (!kOneStep && shared > 0 && args.input.cols % all_steps != 0) --shared;
   for (int64_t k = 0; k < shared; ++k) {
     const W* w[Lists];
     const T* x[Lists];
 #pragma GCC unroll 4
     for (int l = 0; l < Lists; ++l) {
       w[l] = weights_of(offsets[l] + k);
-      x[l] = input + weight.sources[offsets[l] + k] * weight.steps;
+      x[l] = input + weight.sources[offsets[l] + k] * all_steps;
     }
-    for (int64_t b = 0, step = 0; b < weight.steps; ++b, step += weight.step_stride) {
+    for (int64_t b = 0, step = 0; b < all_steps; ++b, step += weight.step_stride) {
 #pragma GCC unroll 4
       for (int l = 0; l < Lists; ++l) {
         const V value = broadcast<V>(x[l][b]);
@@ -128,9 +129,8 @@ __attribute__((noinline)) void multiply_side_by_side(const MixedBlockProductArgs
 #pragma GCC unroll 4
   for (int l = 0; l < Lists; ++l) {
     for (int64_t j = offsets[l] + shared; j < offsets[l + 1]; ++j) {
-      const int64_t first = weight.sources[j] * weight.steps;
-      const int64_t remaining = args.input.cols - first;
-      const int64_t steps = weight.steps < remaining ? weight.steps : remaining;
+      const int64_t first = weight.sources[j] * all_steps, remaining = args.input.cols - first;
+      const int64_t steps = all_steps < remaining ? all_steps : remaining;
       const W* w = weights_of(j);
       for (int64_t b = 0; b < steps; ++b, w += weight.step_stride) {
         const V value = broadcast<V>(input[first + b]);
@@ -191,19 +191,31 @@ void multiply_few_samples(const MixedBlockProductArgs<T, W>& args, int64_t list,
   }
 }
 
+// One sample: as many of lists [list, end) as go side by side, of blocks as high as one vector of
+// some width, or two of the widest. Returns the first list that is left.
+template <class T, class W, bool kOneStep, int Lanes = kLanes<T>>
+int64_t multiply_one_sample(const MixedBlockProductArgs<T, W>& args, int64_t list, int64_t end) {
+  if (Lanes == kLanes<T> && args.weight.outputs == 2 * Lanes) {
+    for (; list + kChains / 2 <= end; list += kChains / 2) {
+      multiply_side_by_side<T, W, kOneStep, Lanes, 2, kChains / 2>(args, list);
+    }
+  } else if (args.weight.outputs == Lanes) {
+    for (; list + kChains <= end; list += kChains) {
+      multiply_side_by_side<T, W, kOneStep, Lanes, 1, kChains>(args, list);
+    }
+  } else if constexpr (Lanes > 2) {
+    return multiply_one_sample<T, W, kOneStep, Lanes / 2>(args, list, end);
+  }
+  return list;
+}
+
 // Lists [list, end).
 template <class T, class W>
 void multiply_few_samples_of_lists(const MixedBlockProductArgs<T, W>& args, int64_t list,
                                    int64_t end) {
-  constexpr int kVector = kLanes<T>;
-  if (args.input.rows == 1 && args.weight.outputs == 2 * kVector) {
-    for (; list + kChains / 2 <= end; list += kChains / 2) {
-      multiply_side_by_side<T, W, kVector, 2, kChains / 2>(args, list);
-    }
-  } else if (args.input.rows == 1 && args.weight.outputs == kVector) {
-    for (; list + kChains <= end; list += kChains) {
-      multiply_side_by_side<T, W, kVector, 1, kChains>(args, list);
-    }
+  if (args.input.rows == 1) {
+    list = args.weight.steps == 1 ? multiply_one_sample<T, W, true>(args, list, end)
+                                  : multiply_one_sample<T, W, false>(args, list, end);
   }
   for (; list < end; ++list) multiply_few_samples(args, list);
 }

@@ -107,11 +107,79 @@ void multiply_list(const BlockLists<T>& weight, int64_t list, int64_t output, in
   }
 }
 
+// Outputs [list, list + Lists) of lists of one output each, side by side: the additions of one
+// alone would wait for each other. Each adds its entries in order.
+template <class T, bool kOneStep, int Lists, int Vectors>
+__attribute__((noinline)) void multiply_lists_of_one(const BlockLists<T>& weight, int64_t list,
+                                                     int64_t features, const T* panel, T* result) {
+  using V = Vec<T, kLanes<T>>;
+  constexpr int64_t kWidth = Vectors * kLanes<T>;
+  const int64_t steps = kOneStep ? 1 : weight.steps;
+  const int32_t* offsets = weight.offsets + list;
+  const auto weights_of = [&](int64_t j) {
+    return weight.values + (weight.blocks ? weight.blocks[j] : j) * steps;
+  };
+  V acc[Lists][Vectors] = {};
+
+  int64_t shared = Lists > 1 ? offsets[1] - offsets[0] : 0;
+  for (int l = 1; l < Lists; ++l) {
+    const int64_t entries = offsets[l + 1] - offsets[l];
+    shared = entries < shared ? entries : shared;
+  }
+  // The last block of a list may reach past the features.
+  if (!kOneStep && shared > 0 && features % steps != 0) --shared;
+  for (int64_t k = 0; k < shared; ++k) {
+    const T* w[Lists];
+    const T* x[Lists];
+#pragma GCC unroll 4
+    for (int l = 0; l < Lists; ++l) {
+      w[l] = weights_of(offsets[l] + k);
+      x[l] = panel + weight.sources[offsets[l] + k] * steps * kWidth;
+    }
+    for (int64_t b = 0; b < steps; ++b) {
+#pragma GCC unroll 4
+      for (int l = 0; l < Lists; ++l) {
+        const V value = broadcast<V>(w[l][b]);
+#pragma GCC unroll 4
+        for (int v = 0; v < Vectors; ++v) {
+          acc[l][v] += value * load<V>(x[l] + b * kWidth + v * kLanes<T>);
+        }
+      }
+    }
+  }
+#pragma GCC unroll 4
+  for (int l = 0; l < Lists; ++l) {
+    for (int64_t j = offsets[l] + shared; j < offsets[l + 1]; ++j) {
+      const int64_t first = weight.sources[j] * steps, remaining = features - first;
+      const int64_t count = steps < remaining ? steps : remaining;
+      const T* w = weights_of(j);
+      const T* x = panel + first * kWidth;
+      for (int64_t b = 0; b < count; ++b, x += kWidth) {
+        const V value = broadcast<V>(w[b]);
+#pragma GCC unroll 4
+        for (int v = 0; v < Vectors; ++v) acc[l][v] += value * load<V>(x + v * kLanes<T>);
+      }
+    }
+#pragma GCC unroll 4
+    for (int v = 0; v < Vectors; ++v) store(result + l * kWidth + v * kLanes<T>, acc[l][v]);
+  }
+}
+
 // Outputs [output, end) of the whole product, which may span lists.
 template <class T, bool kUnitStride, bool kOneStep, int Vectors>
 void multiply_outputs(const BlockLists<T>& weight, int64_t output, int64_t end, int64_t features,
                       const T* panel, T* result) {
   constexpr int64_t kWidth = Vectors * kLanes<T>;
+  if (weight.outputs == 1) {
+    constexpr int kLists = Vectors == 1 ? 4 : 2;
+    for (; output + kLists <= end; output += kLists, result += kLists * kWidth) {
+      multiply_lists_of_one<T, kOneStep, kLists, Vectors>(weight, output, features, panel, result);
+    }
+    for (; output < end; ++output, result += kWidth) {
+      multiply_lists_of_one<T, kOneStep, 1, Vectors>(weight, output, features, panel, result);
+    }
+    return;
+  }
   // As many accumulators as there are multiply-adds in flight at the least.
   constexpr int kOutputs = Vectors > kPanelVectors ? 1 : Vectors == 1 ? 8 : kPanelOutputs;
   while (output < end) {
