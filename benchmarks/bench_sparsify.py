@@ -14,12 +14,25 @@ from convolution_layers import KINDS, Layer, make_dense
 from harness import THREADS, faster, measure, threads
 from layers import SAMPLES, SHAPES, assert_close, name_of
 
+BLOCKS = fp.Block(16, 16)
 
-def masked_model(shape: tuple[int, int], sparsity: float) -> nn.Module:
-    torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(shape[1], shape[0]))
-    scores = fp.score(model, None, criterion="magnitude", granularity=fp.Block(16, 16), progress=False)
+
+def masked(layer: nn.Module, sparsity: float, granularity: fp.Granularity) -> nn.Module:
+    """Return a model of one layer, the smallest pieces of its weight masked."""
+    model = nn.Sequential(layer)
+    scores = fp.score(model, None, criterion="magnitude", granularity=granularity, progress=False)
     return fp.apply_masks_(model, scores.select(sparsity=sparsity))
+
+
+def masked_model(shape: tuple[int, int], sparsity: float, granularity: fp.Granularity = BLOCKS) -> nn.Module:
+    torch.manual_seed(0)
+    return masked(nn.Linear(shape[1], shape[0]), sparsity, granularity)
+
+
+def blocks_of(layer: nn.Module) -> str:
+    """Return the block size that sparsify_ has chosen, or that it left a layer dense."""
+    kinds = (fp.BlockSparseLinear, fp.BlockSparseConv2d)
+    return name_of(layer.blocksize) if isinstance(layer, kinds) else "dense"
 
 
 @pytest.mark.parametrize("thread_count", THREADS)
@@ -42,27 +55,46 @@ def bench_sparsified(
             check=assert_close,
             group=f"sparsify_ {name_of(shape)}, N = {samples}, {thread_count} threads",
             kind="model after sparsify_",
-            blocksize="16x16" if isinstance(converted[0], fp.BlockSparseLinear) else "dense",
+            blocksize=blocks_of(converted[0]),
             sparsity=sparsity,
         )
 
 
-def masked_convolution(layer: Layer, sparsity: float) -> nn.Module:
-    model = nn.Sequential(make_dense(layer))
-    scores = fp.score(model, None, criterion="magnitude", granularity=fp.Block(16, 16), progress=False)
-    return fp.apply_masks_(model, scores.select(sparsity=sparsity))
-
-
 @pytest.mark.parametrize("thread_count", THREADS)
-@pytest.mark.parametrize("sparsity", [0.0, 0.5, 0.75, 0.9])
-@pytest.mark.parametrize("images", [1, 8])
-@pytest.mark.parametrize("layer", KINDS, ids=str)
+@pytest.mark.parametrize("sparsity", [0.5, 0.75, 0.9])
+@pytest.mark.parametrize("granularity", [fp.Element(), fp.Block(4, 1), BLOCKS], ids=str)
+@pytest.mark.parametrize("samples", [1, 4, 16, 128])
+@pytest.mark.parametrize("shape", [(768, 768), (3072, 768), (768, 3072)], ids=name_of)
 @torch.no_grad()
-def bench_sparsified_convolution(
-    benchmark, layer: Layer, images: int, sparsity: float, thread_count: int
+def bench_sparsified_pieces(
+    benchmark,
+    shape: tuple[int, int],
+    samples: int,
+    granularity: fp.Granularity,
+    sparsity: float,
+    thread_count: int,
 ) -> None:
-    """A convolution after sparsify_ against itself with its masks taken off, in the faster memory format."""
-    model = masked_convolution(layer, sparsity)
+    """The same for few samples, single weights and blocks of one column."""
+    model, input = masked_model(shape, sparsity, granularity), torch.randn(samples, shape[1])
+    dense = fp.remove_masks_(copy.deepcopy(model)).eval()
+    with threads(thread_count):
+        converted = fp.sparsify_(model, example_inputs=input).eval()
+        measure(
+            benchmark,
+            lambda: converted(input),
+            lambda: dense(input),
+            check=assert_close,
+            group=f"sparsify_ {name_of(shape)}, {granularity}, N = {samples}, {thread_count} threads",
+            kind=f"sparsify_, N = {samples}, {granularity}",
+            blocksize=blocks_of(converted[0]),
+            sparsity=sparsity,
+        )
+
+
+def measure_convolution(
+    benchmark, kind: str, layer: Layer, images: int, model: nn.Module, sparsity: float, thread_count: int
+) -> None:
+    """Measure a masked convolution after sparsify_ against itself unmasked, in the faster memory format."""
     input = torch.randn(images, layer.in_channels, layer.size, layer.size)
     dense = fp.remove_masks_(copy.deepcopy(model)).eval()
     with threads(thread_count):
@@ -74,11 +106,37 @@ def bench_sparsified_convolution(
             lambda: converted(input),
             theirs,
             check=assert_close,
-            group=f"sparsify_ {layer}, N = {images}, {thread_count} threads",
-            kind="convolution after sparsify_",
-            blocksize="16x16" if isinstance(converted[0], fp.BlockSparseConv2d) else "dense",
+            group=f"{kind}, {layer}, N = {images}, {thread_count} threads",
+            kind=kind,
+            blocksize=blocks_of(converted[0]),
             sparsity=sparsity,
         )
+
+
+@pytest.mark.parametrize("thread_count", THREADS)
+@pytest.mark.parametrize("sparsity", [0.0, 0.5, 0.75, 0.9])
+@pytest.mark.parametrize("images", [1, 8])
+@pytest.mark.parametrize("layer", KINDS, ids=str)
+@torch.no_grad()
+def bench_sparsified_convolution(
+    benchmark, layer: Layer, images: int, sparsity: float, thread_count: int
+) -> None:
+    model = masked(make_dense(layer), sparsity, BLOCKS)
+    kind = "convolution after sparsify_"
+    measure_convolution(benchmark, kind, layer, images, model, sparsity, thread_count)
+
+
+@pytest.mark.parametrize("thread_count", THREADS)
+@pytest.mark.parametrize("sparsity", [0.75, 0.9])
+@pytest.mark.parametrize("layer", KINDS, ids=str)
+@torch.no_grad()
+def bench_sparsified_weights_of_a_convolution(
+    benchmark, layer: Layer, sparsity: float, thread_count: int
+) -> None:
+    """Single weights masked anywhere; one image."""
+    model = masked(make_dense(layer), sparsity, fp.Element())
+    kind = f"{KINDS[layer]}, single weights"
+    measure_convolution(benchmark, kind, layer, 1, model, sparsity, thread_count)
 
 
 def live_bytes() -> int:

@@ -26,6 +26,14 @@ def needs_grad(*tensors: Tensor | None) -> bool:
     return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
 
 
+def takes_registered_gradients() -> bool:
+    """Tell whether a call is recorded, and must be one op: by torch.compile, torch.export or torch.jit.trace.
+
+    Else a torch.autograd.Function around the op without gradients does the same in less time.
+    """
+    return torch.compiler.is_compiling() or torch.jit.is_tracing()
+
+
 def runs_dense(values: Tensor) -> bool:
     """Tell whether a block-sparse layer with these values is computed through its dense weight."""
     lacking = _library.cuda_kernels_unavailable_reason() is not None

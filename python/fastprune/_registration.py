@@ -192,6 +192,25 @@ def _block_sparse_linear_backward(ctx: Any, grad: Tensor) -> tuple:
     return grad_input, grad_values, None, None, grad_bias, None, None, None
 
 
+class BlockSparseLinearFunction(torch.autograd.Function):
+    """block_sparse_linear with the gradients of its registration, at half of the cost of a call.
+
+    Source: benchmarks/bench_call_overhead.py.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, *inputs: Any) -> Tensor:
+        """Return the output of the op."""
+        output = _ops.block_sparse_linear_inference(*inputs)
+        _block_sparse_linear_setup(ctx, inputs, output)
+        return output
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple:
+        """Return the gradients of all inputs."""
+        return _block_sparse_linear_backward(ctx, grad)
+
+
 def _input_gradient_setup(ctx: Any, inputs: tuple, output: Tensor) -> None:
     ctx.save_for_backward(*inputs[:4])
     ctx.allow_tf32 = inputs[5]

@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
 from . import _library, reference
 from . import _registration_ablation as _registration_ablation  # fake kernels, gradients and autocast
-from ._dispatch import autocast_linear, is_transformed, lacks_cuda_kernel, needs_grad
+from ._dispatch import (
+    autocast_linear,
+    is_transformed,
+    lacks_cuda_kernel,
+    needs_grad,
+    takes_registered_gradients,
+)
 from ._fake_checks import CUDA_DTYPES, is_mixed
-from ._registration import CLIPPING
+from ._registration import CLIPPING, BlockSparseLinearFunction
 from .ops_conv import (
     block_sparse_conv2d as block_sparse_conv2d,
 )
@@ -139,11 +147,11 @@ def block_sparse_linear(
         )
     if not needs_grad(input, packed_values, bias):
         # The op with gradients costs some microseconds more for each call.
-        op = _ops.block_sparse_linear_inference
+        op: Callable[..., Tensor] = _ops.block_sparse_linear_inference
         fused = True
     else:
         # Kept for the backward, what goes into a curved activation costs less than computing it anew.
-        op = _ops.block_sparse_linear
+        op = _ops.block_sparse_linear if takes_registered_gradients() else BlockSparseLinearFunction.apply
         fused = activation not in reference.ACTIVATIONS or activation in CLIPPING
     name = activation if fused and activation is not None else "none"
     allow_tf32 = _allow_tf32(input)

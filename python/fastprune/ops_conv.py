@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
-from . import _registration_conv as _registration_conv  # registers shapes and gradients
 from . import reference
-from ._dispatch import autocast_as_torch, is_transformed, lacks_cuda_kernel, needs_grad
+from ._dispatch import (
+    autocast_as_torch,
+    is_transformed,
+    lacks_cuda_kernel,
+    needs_grad,
+    takes_registered_gradients,
+)
 from ._fake_checks import CUDA_DTYPES
 from ._registration import CLIPPING
+from ._registration_conv import BlockSparseConv2dFunction
 
 _ops = torch.ops.fastprune
 
@@ -110,10 +118,11 @@ def block_sparse_conv2d(
         )
     if not needs_grad(input, packed_values, bias):
         # The op with gradients costs some microseconds more for each call.
-        op, fused = _ops.block_sparse_conv2d_inference, True
+        op: Callable[..., Tensor] = _ops.block_sparse_conv2d_inference
+        fused = True
     else:
         # Kept for the backward, what goes into a curved activation costs less than computing it anew.
-        op = _ops.block_sparse_conv2d
+        op = _ops.block_sparse_conv2d if takes_registered_gradients() else BlockSparseConv2dFunction.apply
         fused = activation not in reference.ACTIVATIONS or activation in CLIPPING
     name = activation if fused and activation is not None else "none"
     tf32 = _allow_tf32(input)
