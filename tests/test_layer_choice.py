@@ -59,3 +59,17 @@ def test_what_takes_long_is_measured_five_times(seconds, repeats):
     medians = interleaved_medians(functions, repeats=9, warmup=0, maximum_seconds=seconds)
     assert len(medians) == 2
     assert calls == [0, 1] * repeats
+
+
+def test_a_machine_that_slows_down_changes_no_ratio(monkeypatch):
+    clock, slowness = [0.0], iter([1, 1, 1, 1, 1, 3, 3, 3, 3, 3])
+
+    def takes(seconds):
+        def function():
+            clock[0] += seconds * next(slowness)
+
+        return function
+
+    monkeypatch.setattr("fastprune.timing.time.perf_counter", lambda: clock[0])
+    # Their own medians would be 2 and 4.5.
+    assert interleaved_medians([takes(2.0), takes(1.5)], repeats=5, warmup=0) == [2.0, 1.5]

@@ -26,6 +26,9 @@ def interleaved_medians(
 ) -> list[float]:
     """Return the median seconds of each function, all called in turn in every repeat.
 
+    The first one's is the median of its repeats; another's is that times the median of the ratios within
+    one repeat. So ratios hold on a machine that changes its speed between two repeats.
+
     Functions of microseconds are called in a loop until a repeat lasts ``minimum_seconds``, so that the
     clock's grain does not count. After ``maximum_seconds`` no more repeats are made than it takes for five.
     On a CUDA device each repeat ends with a synchronisation.
@@ -61,4 +64,8 @@ def interleaved_medians(
             break
         for index, function in enumerate(functions):
             times[index].append(seconds(function, calls[index]))
-    return [statistics.median(values) for values in times]
+    first = statistics.median(times[0])
+    if min(times[0]) <= 0.0:  # below the clock's grain
+        return [statistics.median(values) for values in times]
+    ratios = [[other / own for own, other in zip(times[0], values, strict=True)] for values in times]
+    return [first * statistics.median(values) for values in ratios]
