@@ -112,7 +112,7 @@ void test_all() {
   for (int64_t samples : {1, 2, 3, 5, 16, 23}) {
     for (int64_t in_features : {1, 15, 64, 129}) {
       for (int64_t out_features : {1, 17, 151}) {
-        for (int64_t rows : {1, 2, 4, 5, 8, 16, 32, 48, 64}) {
+        for (int64_t rows : {1, 2, 4, 5, 8, 16, 28, 32, 48, 60, 64}) {
           const int64_t cols = rows == 8 ? 1 : rows == 5 ? 3 : 16;
           test_few_samples<W>(samples, in_features, out_features, rows, cols, 0.4, 3);
         }
