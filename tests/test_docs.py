@@ -57,6 +57,11 @@ def test_the_page_on_pruning_runs(capsys):
     assert "chosen" in capsys.readouterr().out
 
 
+def test_the_page_on_the_report_runs():
+    defined = run_page("report.md")
+    assert "Three rounds to 75 %" in (defined["folder"] / "checkpoints.html").read_text()
+
+
 def test_the_page_on_compression_runs_and_its_table_names_the_keys(capsys):
     defined = run_page("compression.md")
     printed = capsys.readouterr().out.splitlines()

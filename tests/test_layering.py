@@ -39,7 +39,10 @@ ORDER = (
     "metrics", "block_choice", "schedules", "regrowth", "resets", "pruning", "pruner",
     "gradients", "regularization", "capture", "distillation_losses", "learners", "distillation_rounds",
     "distillation", "saved_structure", "serialization",
-    "checkpoints", "compression_result", "compression_run", "compression_search", "compress", "demo", "cli",
+    "checkpoints",
+    "report.style", "report.html", "report.charts", "report.heat_maps", "report.tables", "report.page",
+    "report.saved", "report",
+    "compression_result", "compression_run", "compression_search", "compress", "demo", "cli",
     "", "__main__",
 )  # fmt: skip
 # Siblings of one layer that are kept apart, so that either can be understood without the other.

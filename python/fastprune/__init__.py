@@ -31,6 +31,7 @@ from .pruner import Pruner
 from .pruning import prune_
 from .regrowth import RigL
 from .regularization import clamp_weights_, group_lasso_penalty, l1_penalty, max_norm_, soft_threshold_
+from .report import report
 from .resets import reset_pieces_
 from .schedules import (
     CubicSchedule,
@@ -99,6 +100,7 @@ __all__ = [
     "prune_",
     "reference",
     "remove_masks_",
+    "report",
     "reset_pieces_",
     "save",
     "score",

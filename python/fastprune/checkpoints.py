@@ -9,11 +9,14 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from .files import remove_stale_temporaries, write_atomically
+from .granularity import ParameterTensor
 from .importance import ImportanceScores
 from .importance.scores_file import has_file_format
+from .masks import Masks
 from .serialization import load, save
 
 _FILES = re.compile(r"state\.json|round_\d{3,}(_compressed|_scores)?\.safetensors")
@@ -35,6 +38,59 @@ def describe(value: Any) -> Any:
     if isinstance(value, (list, tuple)):
         return [describe(entry) for entry in value]
     return name_of(value) if callable(value) else repr(value)
+
+
+def read_state(directory: Path) -> dict[str, Any]:
+    """Return ``settings``, ``facts`` and ``history`` of a directory that :class:`Checkpoints` wrote.
+
+    Raises:
+        ValueError: the state is damaged.
+
+    """
+    path = directory / "state.json"
+    try:
+        state = json.loads(path.read_text())
+        return {
+            "settings": state["settings"],
+            "facts": state.get("facts", {}),
+            "history": state["history"],
+        }
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"`checkpoint_dir` holds a damaged {path.name}: {error}") from error
+
+
+def counted_rounds(state: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Return the rounds that count: all but a last one that was not accurate enough."""
+    history, drop = state["history"], state["settings"].get("max_accuracy_drop")
+    too_low = (
+        history and drop is not None and state["facts"]["dense"]["accuracy"] - history[-1]["accuracy"] > drop
+    )
+    return history[:-1] if too_low else history
+
+
+def read_masks(path: str | os.PathLike[str], scores: ImportanceScores) -> Masks:
+    """Return the masks of a masked model that :func:`save` wrote, in the pieces of its scores.
+
+    Raises:
+        ValueError: the file is truncated, or of another model.
+
+    """
+    masks = {}
+    try:
+        with safe_open(path, framework="pt") as file:
+            aliases = json.loads(file.metadata()["fastprune"])["aliases"]
+            for name in scores:
+                granularity = scores.granularities[name]
+                module, _, parameter = (
+                    name.rpartition(".") if type(granularity) is ParameterTensor else (name, "", "weight")
+                )
+                prefix = f"{module}." if module else ""
+                key = f"{prefix}parametrizations.{parameter}.0.mask"
+                mask = file.get_tensor(aliases.get(key, key))
+                masks[name] = granularity.sum_pieces(mask.long()) > 0
+        return Masks(masks, scores.granularity, scores.weight_shapes, scores.norms, scores.granularities)
+    except (SafetensorError, OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
+        raise ValueError(f"'{os.fspath(path)}' does not hold the masks of these scores: {error}") from error
 
 
 class Checkpoints:
@@ -72,12 +128,8 @@ class Checkpoints:
     def _read(self, path: Path) -> None:
         if not path.exists():
             return
-        try:
-            state = json.loads(path.read_text())
-            settings, self.history = state["settings"], state["history"]
-            self.facts = state.get("facts", {})
-        except (ValueError, KeyError, TypeError) as error:
-            raise ValueError(f"`checkpoint_dir` holds a damaged {path.name}: {error}") from error
+        state = read_state(path.parent)
+        settings, self.facts, self.history = state["settings"], state["facts"], state["history"]
         # What JSON makes of the arguments: tuples become lists.
         own = json.loads(json.dumps(self.settings))
         if settings != own:
@@ -116,6 +168,10 @@ class Checkpoints:
         if self.directory is None or not self._path(round_index, "_scores").exists():
             return None
         return ImportanceScores.load(self._path(round_index, "_scores"))
+
+    def load_masks(self, round_index: int, scores: ImportanceScores) -> Masks:
+        """Return the masks of a finished round, which were selected from these scores."""
+        return read_masks(self._path(round_index), scores)
 
     def save_scores(self, round_index: int, scores: ImportanceScores) -> None:
         """Keep the scores of a round; those of a granularity of the user's own have no file format."""

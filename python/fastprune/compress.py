@@ -269,8 +269,7 @@ def compress(
 
     directory = None if checkpoint_dir is None else Path(checkpoint_dir)
     if target is None:
-        run = run_to(goal, directory)
-        return CompressionResult(run(), run.counted(), run.dense["accuracy"])
+        return run_to(goal, directory).result()
     assert goal.sparsity is not None
     return search(
         lambda sparsity: run_to(

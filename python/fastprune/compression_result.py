@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import math
 import os
-from collections.abc import Mapping
 from typing import Any
 
 from torch import nn
 
-from .files import write_atomically
+from .files import finite, write_atomically
+from .importance import ImportanceScores
+from .masks import Masks
+from .report.page import write_page
 
 
 @dataclasses.dataclass
@@ -24,10 +25,17 @@ class CompressionResult:
             like; ``sparsity`` and ``layers`` (layer name to sparsity), of the scored weights; ``accuracy``
             and ``loss`` on the validation loader; ``train_loss``; ``parameters``, ``bytes``, ``flops`` and
             ``latency_seconds`` of the round's model as it would be returned, ``dense_latency_seconds``
-            of the model before, measured in turn with it; ``seconds`` that the round took.
+            of the model before, measured in turn with it; ``layer_latency``, layer name to what
+            :func:`sparsify_` measured and chose; ``seconds`` that the round took.
         dense_accuracy: of the model before, on the same validation loader.
         probes: with ``target="auto"``, one dict per sparsity that was tried, in order: ``sparsity``,
             ``accuracy`` of the last round, and whether it ``holds``.
+        dense: ``accuracy``, ``loss``, ``parameters``, ``bytes`` and ``flops`` of the model before.
+        settings: the arguments, functions by name; with "auto" those of the run that is returned.
+        environment: versions, instruction set, threads, and the batch sizes of the example inputs.
+        scores: by which the last round that counts was pruned; None where no round counts, or where a resumed
+            run could not read them, as pieces of your own kind have no file format.
+        masks: that were selected from them.
 
     """
 
@@ -35,17 +43,22 @@ class CompressionResult:
     history: list[dict[str, Any]]
     dense_accuracy: float
     probes: list[dict[str, Any]] = dataclasses.field(default_factory=list)
+    dense: dict[str, Any] = dataclasses.field(default_factory=dict)
+    settings: dict[str, Any] = dataclasses.field(default_factory=dict)
+    environment: dict[str, Any] = dataclasses.field(default_factory=dict)
+    scores: ImportanceScores | None = None
+    masks: Masks | None = None
 
     def to_dict(self) -> dict[str, Any]:
-        """Return all but the model, as JSON takes it: None where a figure is not finite.
+        """Return all figures, as JSON takes them: None where one is not finite.
 
         Example:
             >>> result.to_dict()["history"][-1]["sparsity"]
             0.75
 
         """
-        figures = {"dense_accuracy": self.dense_accuracy, "history": self.history, "probes": self.probes}
-        return {key: _finite(value) for key, value in figures.items()}
+        names = ("dense_accuracy", "history", "probes", "dense", "settings", "environment")
+        return {name: finite(getattr(self, name)) for name in names}
 
     def save_history(self, path: str | os.PathLike[str]) -> None:
         """Write :meth:`to_dict` to a JSON file, atomically.
@@ -56,6 +69,26 @@ class CompressionResult:
         """
         text = json.dumps(self.to_dict(), indent=1, allow_nan=False)
         write_atomically(path, lambda temporary: temporary.write_text(text))
+
+    def report(self, path: str | os.PathLike[str], *, title: str | None = None) -> None:
+        """Write one HTML page with all figures, charts, and maps of the scores and masks, atomically.
+
+        The page needs nothing beside it, neither a network nor scripts. :func:`fastprune.report` writes it
+        later, from the files of a run.
+
+        Example:
+            >>> result.report("report.html")
+
+        Args:
+            path: of the page, in a folder that exists.
+            title: of the page.
+
+        Raises:
+            TypeError: ``path`` is no path, or ``title`` no string.
+            ValueError: ``path`` is a folder, or in one that does not exist.
+
+        """
+        write_page(path, self.to_dict(), self.scores, self.masks, title)
 
     def __str__(self) -> str:
         lines = [
@@ -72,11 +105,3 @@ class CompressionResult:
                 f"{entry['dense_latency_seconds'] / latency:>7.2f}x {entry['seconds']:>8.1f}"
             )
         return "\n".join(lines)
-
-
-def _finite(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        return {key: _finite(entry) for key, entry in value.items()}
-    if isinstance(value, list):
-        return [_finite(entry) for entry in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -14,8 +14,10 @@ import numpy as np
 import torch
 from torch import nn
 
-from .batches import keep_generators, model_device
-from .checkpoints import Checkpoints
+from ._library import cpu_isa, version
+from .batches import Batch, keep_generators, model_device
+from .checkpoints import Checkpoints, counted_rounds
+from .compression_result import CompressionResult
 from .distillation import distill
 from .granularity import Block, Element, Granularity, GranularityRule
 from .importance import Floor, ImportanceScores, score
@@ -24,7 +26,7 @@ from .importance.scores_file import granularity_from_json, granularity_to_json
 from .latency import LatencyTable
 from .masks import Budget, Masks, apply_masks_
 from .metrics import evaluate, measure_costs
-from .modules import leave_dense_, measure_latency, sparsify_
+from .modules import layer_choices, leave_dense_, measure_latency, sparsify_
 from .modules.examples import example_batches
 
 
@@ -34,6 +36,12 @@ def _seed(seed: int, round_index: int, part: int) -> None:
     random.seed(value)
     np.random.seed(value)
     torch.manual_seed(value)
+
+
+def _samples(batch: Batch) -> int:
+    """Return how many samples example inputs hold."""
+    tensors = [value for value in (*batch.args, *batch.kwargs.values()) if isinstance(value, torch.Tensor)]
+    return next((tensor.shape[0] for tensor in tensors if tensor.dim()), 1)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,6 +105,27 @@ class CompressionRun:
     progress: bool
     checkpoints: Checkpoints
     first_scores: dict[str, ImportanceScores] = dataclasses.field(default_factory=dict)
+    _pieces: tuple[ImportanceScores, Masks] | None = None
+
+    def result(self) -> CompressionResult:
+        """Run the rounds that are left, and return what came of all of them.
+
+        Raises:
+            ValueError: a drop of the accuracy is limited, but there is no accuracy.
+
+        """
+        model = self()
+        scores, masks = self._last_pieces()
+        return CompressionResult(
+            model,
+            self.counted(),
+            self.dense["accuracy"],
+            dense=self.dense,
+            settings=self.checkpoints.settings,
+            environment=self.checkpoints.facts.get("environment", {}),
+            scores=scores,
+            masks=masks,
+        )
 
     def __call__(self) -> nn.Module:
         """Run the rounds that are left, and return the compressed model; :meth:`counted` are its rounds.
@@ -142,18 +171,26 @@ class CompressionRun:
                 **figures,
                 "train_loss": trained[-1]["loss"],
                 **self._costs(compressed),
+                "layer_latency": layer_choices(compressed),
             }
             entry["seconds"] = time.perf_counter() - start
             self.checkpoints.commit(student, compressed, entry)
             if self._too_low(entry):
                 break
-            best = compressed
+            best, self._pieces = compressed, (scores, masks)
         return best
 
     def counted(self) -> list[dict[str, Any]]:
         """Return the rounds that count: all but a last one that was not accurate enough."""
-        history = self.checkpoints.history
-        return history[:-1] if history and self._too_low(history[-1]) else history
+        return counted_rounds(vars(self.checkpoints))
+
+    def _last_pieces(self) -> tuple[ImportanceScores | None, Masks | None]:
+        """Return the scores and the masks of the last round that counts, or None where they were not kept."""
+        if self._pieces is not None:
+            return self._pieces
+        index = len(self.counted()) - 1
+        scores = self.checkpoints.load_scores(index) if index >= 0 else None
+        return scores, None if scores is None else self.checkpoints.load_masks(index, scores)
 
     @property
     def dense(self) -> dict[str, Any]:
@@ -237,4 +274,16 @@ class CompressionRun:
         batches = example_batches(self.example_inputs, model_device(self.model))
         # Two seconds of a large batch are enough for a figure on the way.
         before, after = measure_costs((self.model, compressed), batches, maximum_seconds=2.0)
+        facts = self.checkpoints.facts
+        if "parameters" not in facts["dense"]:
+            sizes = {"parameters": before.parameters, "bytes": before.bytes, "flops": before.flops}
+            facts["dense"] = {**facts["dense"], **sizes}
+        facts["environment"] = {
+            "fastprune": version(),
+            "torch": torch.__version__,
+            "device": str(model_device(self.model)),
+            "cpu_isa": cpu_isa(),
+            "threads": torch.get_num_threads(),
+            "batch_sizes": [_samples(batch) for batch in batches],
+        }
         return {**dataclasses.asdict(after), "dense_latency_seconds": before.latency_seconds}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 from collections.abc import Callable, Generator
 
 from .compression_result import CompressionResult
@@ -22,13 +23,15 @@ def search(
     sparsity = next(plan)
     while True:
         run = run_to(sparsity)
-        model, history = run(), run.checkpoints.history
+        found = run.result()
         if result is None:
-            result = CompressionResult(copy.deepcopy(run.model), [], run.dense["accuracy"])
+            result = dataclasses.replace(
+                found, model=copy.deepcopy(run.model), history=[], scores=None, masks=None
+            )
         holds = len(run.counted()) == run.rounds
-        result.probes.append({"sparsity": sparsity, "accuracy": history[-1]["accuracy"], "holds": holds})
-        if holds:
-            result.model, result.history = model, history
+        accuracy = run.checkpoints.history[-1]["accuracy"]
+        tried = [*result.probes, {"sparsity": sparsity, "accuracy": accuracy, "holds": holds}]
+        result = dataclasses.replace(found if holds else result, probes=tried)
         try:
             sparsity = plan.send(holds)
         except StopIteration:

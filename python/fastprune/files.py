@@ -1,10 +1,12 @@
-"""Files that are never half written, and the hash by which one knows the model it was made with."""
+"""Files that are never half written, what goes into them, and the hash that tells one model from another."""
 
 from __future__ import annotations
 
 import hashlib
+import math
 import os
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -72,3 +74,18 @@ def state_digest(model: nn.Module) -> str:
             digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
             digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
+
+
+def finite(value: Any) -> Any:
+    """Return nested dicts and lists as JSON takes them: None in the place of numbers that are not finite.
+
+    Example:
+        >>> finite({"accuracy": float("nan"), "layers": [1.0]})
+        {'accuracy': None, 'layers': [1.0]}
+
+    """
+    if isinstance(value, Mapping):
+        return {key: finite(entry) for key, entry in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [finite(entry) for entry in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

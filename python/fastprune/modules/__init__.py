@@ -1,7 +1,7 @@
 """Drop-in modules whose sparsity is speed, and the conversion of models to them."""
 
 from .base import BlockSparseLayer
-from .choice import clear_layer_seconds, explain
+from .choice import clear_layer_seconds, explain, layer_choices
 from .conv import BlockSparseConv2d
 from .convert import leave_dense_, sparsify_
 from .density import set_density
@@ -15,6 +15,7 @@ __all__ = [
     "BlockSparseLinear",
     "clear_layer_seconds",
     "explain",
+    "layer_choices",
     "leave_dense_",
     "measure_latency",
     "set_density",

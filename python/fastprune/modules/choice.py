@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 from collections.abc import Callable, Hashable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -89,6 +90,22 @@ def _calls(
         dense = copy_of(dense, weight=in_format(dense.weight, memory_format))
         inputs = [in_format(x, memory_format) for x in inputs]
     return [lambda: [dense(x) for x in inputs], lambda: [sparse(x) for x in inputs]]
+
+
+def layer_choices(model: nn.Module) -> dict[str, dict[str, Any]]:
+    """Return what :func:`sparsify_` decided for each pruned layer, as plain values; empty where nothing was.
+
+    Example:
+        >>> layer_choices(model)["encoder.0"]["choice"]
+        'sparse'
+
+    """
+    choices = {name: getattr(module, "_fastprune_choice", None) for name, module in model.named_modules()}
+    return {
+        name: {**dataclasses.asdict(choice), "shape": list(choice.shape)}
+        for name, choice in choices.items()
+        if choice is not None
+    }
 
 
 def explain(model: nn.Module) -> str:
