@@ -35,6 +35,27 @@ def blocks_of(layer: nn.Module) -> str:
     return name_of(layer.blocksize) if isinstance(layer, kinds) else "dense"
 
 
+def measure_linear(
+    benchmark, kind: str, model: nn.Module, input: torch.Tensor, sparsity: float, thread_count: int
+) -> None:
+    """Measure a masked Linear after sparsify_ against itself with its masks taken off."""
+    dense = fp.remove_masks_(copy.deepcopy(model)).eval()
+    with threads(thread_count):
+        converted = fp.sparsify_(model, example_inputs=input).eval()
+        layer = dense[0]
+        shape = name_of((layer.out_features, layer.in_features))
+        measure(
+            benchmark,
+            lambda: converted(input),
+            lambda: dense(input),
+            check=assert_close,
+            group=f"{kind}, {shape}, N = {len(input)}, {thread_count} threads",
+            kind=kind,
+            blocksize=blocks_of(converted[0]),
+            sparsity=sparsity,
+        )
+
+
 @pytest.mark.parametrize("thread_count", THREADS)
 @pytest.mark.parametrize("sparsity", [0.0, 0.25, 0.5, 0.9, 0.99])
 @pytest.mark.parametrize("samples", SAMPLES)
@@ -43,21 +64,8 @@ def blocks_of(layer: nn.Module) -> str:
 def bench_sparsified(
     benchmark, shape: tuple[int, int], samples: int, sparsity: float, thread_count: int
 ) -> None:
-    """A model after sparsify_ against the same model with its masks taken off, dense."""
     model, input = masked_model(shape, sparsity), torch.randn(samples, shape[1])
-    dense = fp.remove_masks_(copy.deepcopy(model)).eval()
-    with threads(thread_count):
-        converted = fp.sparsify_(model, example_inputs=input).eval()
-        measure(
-            benchmark,
-            lambda: converted(input),
-            lambda: dense(input),
-            check=assert_close,
-            group=f"sparsify_ {name_of(shape)}, N = {samples}, {thread_count} threads",
-            kind="model after sparsify_",
-            blocksize=blocks_of(converted[0]),
-            sparsity=sparsity,
-        )
+    measure_linear(benchmark, "model after sparsify_", model, input, sparsity, thread_count)
 
 
 @pytest.mark.parametrize("thread_count", THREADS)
@@ -74,21 +82,10 @@ def bench_sparsified_pieces(
     sparsity: float,
     thread_count: int,
 ) -> None:
-    """The same for few samples, single weights and blocks of one column."""
+    """Few samples, single weights and blocks of one column."""
     model, input = masked_model(shape, sparsity, granularity), torch.randn(samples, shape[1])
-    dense = fp.remove_masks_(copy.deepcopy(model)).eval()
-    with threads(thread_count):
-        converted = fp.sparsify_(model, example_inputs=input).eval()
-        measure(
-            benchmark,
-            lambda: converted(input),
-            lambda: dense(input),
-            check=assert_close,
-            group=f"sparsify_ {name_of(shape)}, {granularity}, N = {samples}, {thread_count} threads",
-            kind=f"sparsify_, N = {samples}, {granularity}",
-            blocksize=blocks_of(converted[0]),
-            sparsity=sparsity,
-        )
+    kind = f"sparsify_, N = {samples}, {granularity}"
+    measure_linear(benchmark, kind, model, input, sparsity, thread_count)
 
 
 def measure_convolution(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -192,23 +193,37 @@ def _block_sparse_linear_backward(ctx: Any, grad: Tensor) -> tuple:
     return grad_input, grad_values, None, None, grad_bias, None, None, None
 
 
-class BlockSparseLinearFunction(torch.autograd.Function):
-    """block_sparse_linear with the gradients of its registration, at half of the cost of a call.
+def autograd_function(
+    op: Callable[..., Tensor], setup: Callable[..., None], backward: Callable[..., tuple]
+) -> type[torch.autograd.Function]:
+    """Return a function around an op without gradients: half of what a registered formula costs a call.
 
     Source: benchmarks/bench_call_overhead.py.
+
+    Args:
+        op: of one output.
+        setup: as `torch.library.register_autograd` takes it.
+        backward: likewise.
+
     """
 
-    @staticmethod
-    def forward(ctx: Any, *inputs: Any) -> Tensor:
-        """Return the output of the op."""
-        output = _ops.block_sparse_linear_inference(*inputs)
-        _block_sparse_linear_setup(ctx, inputs, output)
-        return output
+    class Function(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, *inputs: Any) -> Tensor:
+            output = op(*inputs)
+            setup(ctx, inputs, output)
+            return output
 
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple:
-        """Return the gradients of all inputs."""
-        return _block_sparse_linear_backward(ctx, grad)
+        @staticmethod
+        def backward(ctx: Any, grad: Tensor) -> tuple:
+            return backward(ctx, grad)
+
+    return Function
+
+
+block_sparse_linear_function = autograd_function(
+    _ops.block_sparse_linear_inference, _block_sparse_linear_setup, _block_sparse_linear_backward
+)
 
 
 def _input_gradient_setup(ctx: Any, inputs: tuple, output: Tensor) -> None:

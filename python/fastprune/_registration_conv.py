@@ -14,6 +14,7 @@ from ._registration import (
     _check_blocks,
     _check_indices,
     activation_gradient,
+    autograd_function,
     clipped_gradient,
 )
 
@@ -268,23 +269,9 @@ def _forward_backward(ctx: Any, grad: Tensor) -> tuple:
     return (grad_input, grad_values, None, None, grad_bias, *[None] * 8)
 
 
-class BlockSparseConv2dFunction(torch.autograd.Function):
-    """block_sparse_conv2d with the gradients of its registration, at half of the cost of a call.
-
-    Source: benchmarks/bench_call_overhead.py.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, *inputs: Any) -> Tensor:
-        """Return the output of the op."""
-        output = _ops.block_sparse_conv2d_inference(*inputs)
-        _forward_setup(ctx, inputs, output)
-        return output
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple:
-        """Return the gradients of all inputs."""
-        return _forward_backward(ctx, grad)
+block_sparse_conv2d_function = autograd_function(
+    _ops.block_sparse_conv2d_inference, _forward_setup, _forward_backward
+)
 
 
 def _input_gradient_setup(ctx: Any, inputs: tuple, output: Tensor) -> None:

@@ -17,7 +17,7 @@ from ._dispatch import (
     takes_registered_gradients,
 )
 from ._fake_checks import CUDA_DTYPES, is_mixed
-from ._registration import CLIPPING, BlockSparseLinearFunction
+from ._registration import CLIPPING, block_sparse_linear_function
 from .ops_conv import (
     block_sparse_conv2d as block_sparse_conv2d,
 )
@@ -151,7 +151,7 @@ def block_sparse_linear(
         fused = True
     else:
         # Kept for the backward, what goes into a curved activation costs less than computing it anew.
-        op = _ops.block_sparse_linear if takes_registered_gradients() else BlockSparseLinearFunction.apply
+        op = _ops.block_sparse_linear if takes_registered_gradients() else block_sparse_linear_function.apply
         fused = activation not in reference.ACTIVATIONS or activation in CLIPPING
     name = activation if fused and activation is not None else "none"
     allow_tf32 = _allow_tf32(input)

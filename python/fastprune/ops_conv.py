@@ -17,7 +17,7 @@ from ._dispatch import (
 )
 from ._fake_checks import CUDA_DTYPES
 from ._registration import CLIPPING
-from ._registration_conv import BlockSparseConv2dFunction
+from ._registration_conv import block_sparse_conv2d_function
 
 _ops = torch.ops.fastprune
 
@@ -122,7 +122,7 @@ def block_sparse_conv2d(
         fused = True
     else:
         # Kept for the backward, what goes into a curved activation costs less than computing it anew.
-        op = _ops.block_sparse_conv2d if takes_registered_gradients() else BlockSparseConv2dFunction.apply
+        op = _ops.block_sparse_conv2d if takes_registered_gradients() else block_sparse_conv2d_function.apply
         fused = activation not in reference.ACTIVATIONS or activation in CLIPPING
     name = activation if fused and activation is not None else "none"
     tf32 = _allow_tf32(input)
