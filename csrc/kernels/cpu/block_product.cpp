@@ -34,7 +34,9 @@ bool in_place(const BlockProductArgs<T>& args) {
   if (samples <= kVector / 2) return true;
   if (weight.steps < 4 || weight.outputs % kVector != 0) return false;
   if (weight.outputs == kVector) return 16 * idle > 7 * samples;
-  return samples <= 2 * kVector || 8 * idle > samples;
+  // Two vectors with AVX2; with AVX-512 no more than the 16 samples that were measured.
+  constexpr int64_t kAlways = FASTPRUNE_VECTOR_BYTES == 64 ? kVector : 2 * kVector;
+  return samples <= kAlways || 8 * idle > samples;
 }
 
 }  // namespace
