@@ -42,7 +42,8 @@ ORDER = (
     "checkpoints",
     "report.style", "report.html", "report.charts", "report.heat_maps", "report.tables", "report.page",
     "report.saved", "report",
-    "compression_result", "compression_run", "compression_search", "compress", "demo", "cli",
+    "compression_result", "compression_run", "compression_search", "compress", "demo",
+    "cli.values", "cli.options", "cli.commands", "cli",
     "", "__main__",
 )  # fmt: skip
 # Siblings of one layer that are kept apart, so that either can be understood without the other.
