@@ -169,6 +169,51 @@ def test_score_writes_scores_and_prints_them(folder, capsys):
     assert figures["num_samples"] == 40
 
 
+def test_shrink_cuts_what_scores_or_a_masked_model_say(folder, capsys):
+    pytest.importorskip("torch_pruning", reason="needs pip install 'fastprune[structured]'")
+    score = [
+        "score",
+        *MODEL,
+        "--loader",
+        "cli_project:val_loader",
+        "--granularity",
+        "Unit()",
+        "--exclude",
+        "2",
+    ]
+    assert cli.main([*score, "--output", "scores.safetensors", "--no-progress"]) == 0
+    capsys.readouterr()
+    shrink = ["shrink", *MODEL, "--example-inputs", "cli_project:example", "--output", "small.safetensors"]
+    select = ["--scores", "scores.safetensors", "--sparsity", "0.5", "--round-to", "4"]
+    assert cli.main([*shrink, *select]) == 0
+    printed = capsys.readouterr().out
+    torch.manual_seed(0)
+    model = cli_project.make_model()
+    masks = fp.ImportanceScores.load("scores.safetensors").select(sparsity=0.5, round_to=4)
+    expected = fp.shrink(model, masks, cli_project.example())
+    loaded = fp.load("small.safetensors", cli_project.make_model())
+    assert loaded[0].out_features == expected[0].out_features < 17
+    assert torch.equal(loaded(cli_project.inputs), expected(cli_project.inputs))
+    left = sum(parameter.numel() for parameter in expected.parameters())
+    assert printed == f"{left} of 257 parameters are left, written to small.safetensors\n"
+
+    fp.save(fp.apply_masks_(model, masks), "masked.safetensors")
+    assert cli.main([*shrink, "--masked", "masked.safetensors", "--json"]) == 0
+    figures = json.loads(capsys.readouterr().out)["parameters"]
+    assert figures == {"before": 257, "after": left}
+    for arguments, message in (
+        ([], "`--scores` or `--masked` must be given"),
+        ([*select, "--masked", "masked.safetensors"], "`--scores` or `--masked` must be given, and not both"),
+        (["--masked", "masked.safetensors", "--round-to", "2"], "`--round-to` selects from --scores"),
+        (["--scores", "scores.safetensors"], "select needs exactly one of `sparsity`, `threshold`, `budget`"),
+        (["--scores", "none.safetensors", "--sparsity", "0.5"], "got 'none.safetensors'"),
+    ):
+        assert cli.main([*shrink, *arguments]) == 2
+        assert message in one_line(capsys)
+    assert cli.main(["compare", "--dense", "cli_project:make_model", "--compressed", "small.safetensors",
+                     "--loader", "cli_project:val_loader"]) == 0  # fmt: skip
+
+
 def test_compare_prints_a_table_or_json_and_judges(folder, capsys):
     assert cli.main([*COMPRESS, "--output", "run"]) == 0
     capsys.readouterr()

@@ -130,11 +130,12 @@ def test_the_parser_of_values_has_no_eval():
     ("names", "function", "beside"),
     [
         (commands.COMPRESS, fp.compress, {"output"}),
+        (commands.SHRINK, fp.shrink, {*commands.SELECT, "scores", "masked", "output", "seed"}),
         (commands.SCORE, fp.score, {"output", "seed"}),
         (commands.COMPARE, fp.compare, {"max_accuracy_drop", "min_speedup", "seed"}),
     ],
 )
 def test_options_are_the_arguments_of_the_api(names, function, beside):
-    assert set(names) - beside == set(inspect.signature(function).parameters)
+    assert set(names) - beside == set(inspect.signature(function).parameters) - {"masks"}
     assert len(set(names)) == len(names)
     assert set(names) <= set(options.OPTIONS)

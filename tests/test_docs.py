@@ -87,6 +87,13 @@ def test_the_page_on_the_command_line_runs(tmp_path, monkeypatch, capsys):
     assert named & set(options.OPTIONS) >= {"model", "granularity", "criterion", "floor", "budget", "scope"}
 
 
+def test_the_page_on_shrinking_runs():
+    pytest.importorskip("torch_pruning", reason="needs pip install 'fastprune[structured]'")
+    defined = run_page("shrinking.md")
+    parameters = [sum(p.numel() for p in defined[name].parameters()) for name in ("small", "model")]
+    assert parameters[0] < 0.4 * parameters[1]
+
+
 def test_the_page_on_compression_runs_and_its_table_names_the_keys(capsys):
     defined = run_page("compression.md")
     printed = capsys.readouterr().out.splitlines()

@@ -26,6 +26,7 @@ from .modules import (
     measure_latency,
     set_density,
     sparsify_,
+    to_dense_,
 )
 from .pruner import Pruner
 from .pruning import prune_
@@ -41,6 +42,7 @@ from .schedules import (
     Schedule,
 )
 from .serialization import load, save
+from .shrinking import shrink
 
 __version__ = version()
 
@@ -106,8 +108,10 @@ __all__ = [
     "score",
     "set_cpu_isa",
     "set_density",
+    "shrink",
     "soft_threshold_",
     "sparsify_",
     "supported_cpu_isas",
+    "to_dense_",
     "zero_small_gradients_",
 ]

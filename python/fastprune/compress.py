@@ -29,13 +29,14 @@ from .compression_search import search
 from .distillation import check_distillation
 from .distillation_losses import FeatureLoss
 from .files import state_digest
-from .granularity import Block, Granularity, GranularityRule, check_granularity
+from .granularity import Block, Granularity, GranularityRule, check_count, check_granularity
 from .importance import Floor, ImportanceScores, check_criterion, score
 from .importance.criterion import UserCriterion, name_of
 from .importance.scopes import Scope
 from .layers import Selection, check_model
 from .learners import OptimizerFactory
 from .masks import Budget, check_scope, check_sparsity
+from .unit_scores import score_units
 
 # What `distillation` may hold: no object with a state, which a resumed run would not have.
 _DISTILLATION_OPTIONS = (
@@ -82,6 +83,8 @@ def compress(
     rounds: int = 5,
     epochs: int = 1,
     granularity: Granularity | GranularityRule | str = Block(16, 16),  # noqa: B008  frozen
+    structure: str = "blocks",
+    round_to: int = 8,
     criterion: str | UserCriterion = "loss_delta",
     include: Selection = None,
     exclude: Selection = None,
@@ -106,14 +109,16 @@ def compress(
 
     The sparsity grows so that each round keeps the same share of what is left, of the weights or of the
     budget's cost. At the end of a round, a copy is converted: masks of blocks and of single weights become
-    block-sparse layers where those are faster (:func:`sparsify_`), other masks plain zeros. That copy is
-    measured, and the last is returned.
+    block-sparse layers where those are faster (:func:`sparsify_`), units and heads are cut out
+    (:func:`shrink`, with ``structure``), other masks become plain zeros. That copy is measured, and the last
+    is returned.
 
     Example:
         >>> result = fp.compress(model, train_loader, val_loader, sparsity=0.75, rounds=5)
         >>> result.history[-1]["accuracy"], result.history[-1]["sparsity"]
         (0.975, 0.75)
         >>> fp.compress(model, train_loader, val_loader, budget=fp.Budget(latency=0.4))
+        >>> fp.compress(model, train_loader, val_loader, sparsity=0.5, structure="units")
         >>> fp.compress(model, train_loader, val_loader, target="auto", max_accuracy_drop=0.01)
 
     Args:
@@ -131,6 +136,14 @@ def compress(
         epochs: distillation epochs of each round.
         granularity: what a piece is; "auto" chooses a block size in the first round, by measured latency and
             loss (:class:`AutoBlock`).
+        structure: what goes. "blocks": pieces of ``granularity``. "units": all units and attention heads that
+            can be cut out, ``Unit(coupled=True)`` and ``Head()``, ranked together; ``sparsity`` is the share
+            of their own weights (half of all channels for 0.5; what the layers behind them lose comes on
+            top).
+            "both": units in the first half of the rounds, then blocks of what is left of the layers;
+            ``sparsity`` is the share of the dense model's weights.
+        round_to: what remains of a layer's units is a multiple, see :meth:`ImportanceScores.select`; blocks
+            are not rounded.
         criterion: see :func:`score`.
         include: layers, see :func:`score`.
         exclude: layers to leave out, see :func:`score`.
@@ -157,6 +170,7 @@ def compress(
         progress: whether progress bars are shown.
 
     Raises:
+        ImportError: ``structure`` needs Torch-Pruning: ``pip install 'fastprune[structured]'``.
         ValueError: an argument is out of range, two do not go together, or ``checkpoint_dir`` holds a run
             with other arguments.
         TypeError: an argument is of the wrong kind.
@@ -188,22 +202,27 @@ def compress(
         with keep_generators():
             batch = next(iterate_batches(val_loader, model_device(model)))
         example_inputs = batch.kwargs or batch.args
+    _check_structure(structure, round_to, rounds, budget)
     if isinstance(granularity, str) and granularity in GranularityRule.named:
         latency = 0.5 if goal.budget is None else goal.budget.latency or 0.5
         granularity = AutoBlock(example_inputs=example_inputs, latency=latency, floor=floor)
     if not isinstance(granularity, GranularityRule):
         check_granularity(granularity)
-        # Selectors and floors that fit no layer are found out now, not after an hour of scoring.
-        score(
-            model,
-            train_loader,  # of which one batch is read
-            criterion="magnitude",
-            granularity=granularity,
-            include=include,
-            exclude=exclude,
-            output_transform=output_transform,
-            progress=False,
-        ).select(sparsity=0.0, scope=scope, floor=floor)
+    # Selectors and floors that fit no layer are found out now, not after an hour of scoring.
+    trial: dict[str, Any] = {
+        "criterion": "magnitude",  # of which one batch is read
+        "include": include,
+        "exclude": exclude,
+        "output_transform": output_transform,
+        "progress": False,
+    }
+    if structure != "blocks":
+        trial_scores = score_units(model, train_loader, example_inputs=example_inputs, **trial)
+        trial_scores.select(sparsity=0.0, scope=scope, floor=floor)
+    elif not isinstance(granularity, GranularityRule):
+        score(model, train_loader, granularity=granularity, **trial).select(
+            sparsity=0.0, scope=scope, floor=floor
+        )
     _check_latency_budget(goal.budget, scope, granularity)
 
     settings = {
@@ -230,6 +249,8 @@ def compress(
         "max_samples": max_samples,
         "max_accuracy_drop": max_accuracy_drop,
         "seed": int(seed),
+        # Runs of before there was a choice go on.
+        **({} if structure == "blocks" else {"structure": structure, "round_to": round_to}),
     }
     first_scores: dict[str, ImportanceScores] = {}
 
@@ -265,6 +286,8 @@ def compress(
             progress=progress,
             checkpoints=Checkpoints(directory, describe({**settings, "sparsity": goal.sparsity})),
             first_scores=first_scores,
+            structure=structure,
+            round_to=round_to,
         )
 
     directory = None if checkpoint_dir is None else Path(checkpoint_dir)
@@ -304,6 +327,18 @@ def _check_goal(
     if budget is not None:
         return Goal(None, budget)
     return Goal(check_sparsity(0.75 if sparsity is None else sparsity))
+
+
+def _check_structure(structure: str, round_to: int, rounds: int, budget: Budget | None) -> None:
+    if structure not in ("blocks", "units", "both"):
+        raise ValueError(f"`structure` must be 'blocks', 'units' or 'both', got {structure!r}")
+    check_count(round_to, "round_to")
+    if structure == "both" and rounds < 2:
+        raise ValueError(f"`rounds` must be at least 2 for structure='both', got {rounds}")
+    if structure != "blocks" and budget is not None and budget.latency is not None:
+        raise ValueError(
+            f"`budget` must be of flops, params or bytes for structure='{structure}', got one of latency"
+        )
 
 
 def _check_latency_budget(

@@ -7,6 +7,7 @@ import dataclasses
 import math
 import random
 import time
+import warnings
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -28,6 +29,8 @@ from .masks import Budget, Masks, apply_masks_
 from .metrics import evaluate, measure_costs
 from .modules import layer_choices, leave_dense_, measure_latency, sparsify_
 from .modules.examples import example_batches
+from .shrinking import shrink
+from .unit_scores import score_units
 
 
 def _seed(seed: int, round_index: int, part: int) -> None:
@@ -53,18 +56,34 @@ class Goal:
 
     def after(self, rounds: int, round_index: int) -> Goal:
         """Return the goal of a round: each keeps the same share of what the round before left."""
-        share = (round_index + 1) / rounds
+        return self.leaving(self.fraction ** ((round_index + 1) / rounds))
+
+    @property
+    def fraction(self) -> float:
+        """What may remain, of the weights or of the budget's cost."""
+        if self.budget is not None:
+            return self.budget.fraction
+        assert self.sparsity is not None
+        return 1.0 - self.sparsity
+
+    def leaving(self, fraction: float) -> Goal:
+        """Return the goal that leaves another fraction of the same."""
         if self.budget is None:
-            assert self.sparsity is not None
-            return Goal(1.0 - (1.0 - self.sparsity) ** share)
-        fraction = self.budget.fraction**share
-        return Goal(None, dataclasses.replace(self.budget, **{self.budget.cost: fraction}))
+            return Goal(1.0 - fraction)
+        changes: dict[str, Any] = {self.budget.cost: fraction}
+        return Goal(None, dataclasses.replace(self.budget, **changes))
 
     def select(
-        self, scores: ImportanceScores, scope: Scope, floor: Floor | Mapping[str, Floor] | None
+        self,
+        scores: ImportanceScores,
+        scope: Scope,
+        floor: Floor | Mapping[str, Floor] | None,
+        round_to: int = 1,
     ) -> Masks:
         """Return the masks that reach the goal."""
-        return scores.select(sparsity=self.sparsity, budget=self.budget, scope=scope, floor=floor)
+        return scores.select(
+            sparsity=self.sparsity, budget=self.budget, scope=scope, floor=floor, round_to=round_to
+        )
 
     def entry(self) -> dict[str, float]:
         """Return what the history says of the goal."""
@@ -104,6 +123,8 @@ class CompressionRun:
     seed: int
     progress: bool
     checkpoints: Checkpoints
+    structure: str = "blocks"
+    round_to: int = 1
     first_scores: dict[str, ImportanceScores] = dataclasses.field(default_factory=dict)
     _pieces: tuple[ImportanceScores, Masks] | None = None
 
@@ -152,21 +173,24 @@ class CompressionRun:
         for round_index in range(len(history), self.rounds):
             start = time.perf_counter()
             teacher = copy.deepcopy(self.model if self.teacher == "original" else student)
+            if self.structure == "both" and round_index == self._unit_rounds():
+                student = self._shrunk(student)  # blocks of what is left of it
             _seed(self.seed, round_index, 0)
             scores = self._scores(student, round_index)
             goal = self._goal().after(self.rounds, round_index)
-            masks = goal.select(scores, self.scope, self.floor)
+            masks = self._select(goal, scores, round_index)
             apply_masks_(student, masks)
             _seed(self.seed, round_index, 1)
             trained = distill(
                 student, teacher, self.train_loader, progress=self.progress, **self.training, **self.reading
             )
             figures = evaluate(student, self.val_loader, **self.reading)
-            compressed = self._converted(student)
+            compressed = self._converted(student, round_index)
             entry = {
                 "round": round_index,
+                **({} if self.structure == "blocks" else {"structure": self._kind(round_index)}),
                 **goal.entry(),
-                "sparsity": masks.sparsity(),
+                "sparsity": self._sparsity(masks, scores, round_index),
                 "layers": {name: masks.sparsity(name) for name in masks},
                 **figures,
                 "train_loss": trained[-1]["loss"],
@@ -214,18 +238,15 @@ class CompressionRun:
         """Return the scores of a round: those that were kept, or new ones, which are kept at once."""
         scores = self.first_scores.get("scores") if round_index == 0 else None
         scores = scores or self.checkpoints.load_scores(round_index)
-        if scores is None:
-            scores = score(
-                student,
-                self.train_loader,
-                granularity=self._granularity(),
-                progress=self.progress,
-                **self.scoring,
-                **self.reading,
-            )
+        units = self._kind(round_index) == "units"
+        options = {"progress": self.progress, **self.scoring, **self.reading}
+        if scores is None and units:
+            scores = score_units(student, self.train_loader, example_inputs=self.example_inputs, **options)
+        elif scores is None:
+            scores = score(student, self.train_loader, granularity=self._granularity(), **options)
         if round_index == 0:
             self.first_scores["scores"] = scores
-        if isinstance(self.granularity, GranularityRule):
+        if isinstance(self.granularity, GranularityRule) and not units:
             self.checkpoints.record("granularity", granularity_to_json(scores.granularity))
         self.checkpoints.save_scores(round_index, scores)
         return scores
@@ -255,8 +276,10 @@ class CompressionRun:
         costs = LatencyTable.from_dict(self.checkpoints.facts["costs"], granularity)
         return Goal(None, dataclasses.replace(budget, costs=costs))
 
-    def _converted(self, student: nn.Module) -> nn.Module:
-        """Return what runs: block-sparse layers for blocks and single weights, else plain zeros."""
+    def _converted(self, student: nn.Module, round_index: int) -> nn.Module:
+        """Return what runs: smaller layers for units, block-sparse ones for blocks, else plain zeros."""
+        if self._kind(round_index) == "units":
+            return self._converted_units(student)
         compressed = copy.deepcopy(student)
         granularity = self._granularity()
         if not isinstance(granularity, (Block, Element)):
@@ -268,6 +291,70 @@ class CompressionRun:
             blocksize=blocksize,
             fold_batch_norm=self.fold_batch_norm,
         )
+
+    def _converted_units(self, student: nn.Module) -> nn.Module:
+        """Return the student without what is masked."""
+        compressed = leave_dense_(self._shrunk(student), "units that cannot be cut leave plain zeros")
+        if not self.fold_batch_norm:
+            return compressed
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "fastprune: sparsify_ found no masked layer")
+            return sparsify_(compressed, example_inputs=self.example_inputs, fold_batch_norm=True)
+
+    def _shrunk(self, student: nn.Module) -> nn.Module:
+        """Return a copy of a student without what is masked whole."""
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "fastprune: masked units stay")
+            return shrink(student, None, self.example_inputs)
+
+    def _kind(self, round_index: int) -> str:
+        """Return of what a round is."""
+        return "units" if round_index < self._unit_rounds() else "blocks"
+
+    def _unit_rounds(self) -> int:
+        """How many rounds are of units: all, none, or the first half and the one in the middle."""
+        return {"units": self.rounds, "blocks": 0, "both": (self.rounds + 1) // 2}[self.structure]
+
+    def _select(self, goal: Goal, scores: ImportanceScores, round_index: int) -> Masks:
+        """Return the masks of a round.
+
+        Where blocks follow units, goals are fractions of the dense model's weights or cost. A layer that
+        keeps a share of its units, and reads a share of those in front of it, keeps the product of both, so
+        that the root of the fraction is asked of units; and blocks are of what is left of the layers.
+        """
+        round_to = 1
+        if self._kind(round_index) == "units":
+            round_to = self.round_to
+            goal = goal.leaving(goal.fraction**0.5) if self.structure == "both" else goal
+        elif self.structure == "both":
+            left = self._left("params" if goal.budget is None else goal.budget.cost, scores)
+            goal = goal.leaving(min(goal.fraction / left, 1.0))
+        return goal.select(scores, self.scope, self.floor, round_to)
+
+    def _sparsity(self, masks: Masks, scores: ImportanceScores, round_index: int) -> float:
+        """Return the share of the dense weights that is pruned; of those of all units where units go."""
+        kept = 1.0 - masks.sparsity()
+        if self.structure == "both" and self._kind(round_index) == "blocks":
+            kept *= self._left("params", scores)
+        return 1.0 - kept
+
+    def _left(self, cost: str, scores: ImportanceScores) -> float:
+        """Return what share of the dense weights, or of another cost, the scored layers of a student have."""
+        fact = f"dense_{cost}"
+        if fact not in self.checkpoints.facts:
+            with keep_generators():
+                dense = score(
+                    self.model,
+                    self.train_loader,  # of which one batch is read
+                    criterion="magnitude",
+                    granularity=scores.granularity,
+                    include=self.scoring["include"],
+                    exclude=self.scoring["exclude"],
+                    output_transform=self.reading["output_transform"],
+                    progress=False,
+                )
+            self.checkpoints.record(fact, dense.total_cost(cost))
+        return scores.total_cost(cost) / self.checkpoints.facts[fact]
 
     def _costs(self, compressed: nn.Module) -> dict[str, float]:
         """Return what a round's model costs, and the latency of the dense one in the same minute."""

@@ -45,7 +45,8 @@ def coupled_layers(
 
     for node in traced.nodes:
         op = node_op(traced, node)
-        for source in [] if op is None else _same_channels(op, node, values):
+        sources = _own_depthwise(traced, node) if op is None else _same_channels(op, node, values)
+        for source in sources:
             first, second = root(node), root(source)
             if first is not second:
                 parents[first] = second
@@ -73,6 +74,17 @@ def _same_channels(op: NodeOp, node: fx.Node, values: dict[fx.Node, Any]) -> lis
         depthwise = source.dim() == 4 and op.groups == source.shape[1] == output.shape[1]
         return [op.input] if depthwise else []
     return []
+
+
+def _own_depthwise(traced: TracedModel, node: fx.Node) -> list[fx.Node]:
+    """The input of a depthwise convolution with a forward of its own, such as one that pads."""
+    module = traced.module_of(node)
+    if (
+        not isinstance(module, nn.Conv2d)
+        or not 1 < module.groups == module.in_channels == module.out_channels
+    ):
+        return []
+    return node.all_input_nodes[:1]
 
 
 def _has_channels_of(value: Any, output: Tensor) -> bool:

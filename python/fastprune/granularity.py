@@ -181,7 +181,7 @@ class InputUnit(Granularity):
 
 # How attention modules call the projection behind their heads, and the number of these.
 _OUTPUT_PROJECTIONS = ("out_proj", "o_proj", "proj", "out_lin", "o", "dense")
-_HEAD_COUNTS = ("num_heads", "num_attention_heads", "n_heads")
+HEAD_COUNTS = ("num_heads", "num_attention_heads", "n_heads")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -221,7 +221,7 @@ class Head(Granularity):
             around = model.get_submodule(parent_name.rpartition(".")[0])
             # Hugging Face's BERT has the heads in `attention.self`, beside `attention.output.dense`.
             siblings = [parent, *(around.children() if own_name == "dense" else ())]
-            counts = [getattr(owner, count, None) for owner in siblings for count in _HEAD_COUNTS]
+            counts = [getattr(owner, count, None) for owner in siblings for count in HEAD_COUNTS]
             num_heads = next((count for count in counts if isinstance(count, int)), None)
             if num_heads is None:
                 return None

@@ -18,6 +18,7 @@ from .modules.formats import is_channels_last
 from .modules.own_forward import has_own_forward
 from .node_ops import ACTIVATION_MODULES, computes_activation
 from .reference import ACTIVATIONS
+from .shrinking import shrunk_structure
 
 FORMAT = 1
 PARTS = (
@@ -74,6 +75,7 @@ def structure_of(model: nn.Module) -> dict[str, Any]:
         "folded": folded,
         "channels_last": channels_last,
         "masked": masked,
+        **shrunk_structure(model),
     }
 
 

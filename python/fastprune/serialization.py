@@ -28,6 +28,8 @@ from .saved_structure import (
     norms_folded_into,
     structure_of,
 )
+from .shrinking import PARTS as SHRUNK_PARTS
+from .shrinking import shaped_like_saved
 
 
 def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
@@ -76,7 +78,9 @@ def _read(path: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str, Tenso
     if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
         found = manifest.get("format") if isinstance(manifest, dict) else manifest
         raise ValueError(f"'{os.fspath(path)}' has format {found!r}, this fastprune reads {FORMAT}")
-    for key, kind in PARTS:
+    for key in SHRUNK_PARTS:  # files of before models were shrunk lack them
+        manifest.setdefault(key, {})
+    for key, kind in (*PARTS, *((key, dict) for key in SHRUNK_PARTS)):
         if not isinstance(manifest.get(key), kind):
             raise ValueError(f"'{os.fspath(path)}' has a damaged structure: no {kind.__name__} '{key}'")
     for alias, source in manifest["aliases"].items():
@@ -105,6 +109,12 @@ def load(path: str | os.PathLike[str], fresh_model: nn.Module) -> nn.Module:
     """
     check_model(fresh_model, "fresh_model")
     manifest, tensors = _read(path)
+    with shaped_like_saved(fresh_model, manifest):
+        return _load_into(fresh_model, manifest, tensors)
+
+
+def _load_into(fresh_model: nn.Module, manifest: dict[str, Any], tensors: dict[str, Tensor]) -> nn.Module:
+    """Read tensors into a model whose layers have the sizes of the saved ones."""
     layers = block_sparse_layers(manifest, tensors, fresh_model)
     replacements = {**layers, **identities(manifest, fresh_model)}
     biased = norms_folded_into(manifest, fresh_model) - layers.keys()

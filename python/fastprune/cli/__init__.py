@@ -1,4 +1,4 @@
-"""The command line: ``fastprune score``, ``compress``, ``compare``, ``report``, ``info`` and ``demo``."""
+"""The command line: ``fastprune`` score, compress, shrink, compare, report, info and demo."""
 
 from __future__ import annotations
 
@@ -43,6 +43,7 @@ def _parser() -> argparse.ArgumentParser:
     add_json(
         add("compress", commands.compress_command, "score, prune and distil in rounds", commands.COMPRESS)
     )
+    add_json(add("shrink", commands.shrink_command, "cut masked units out of a model", commands.SHRINK))
     add_json(add("compare", commands.compare_command, "measure two models side by side", commands.COMPARE))
     report = add("report", commands.report_command, "write the page of a compression")
     report.add_argument("folder", type=Path, help="that compress wrote, or its checkpoints")
@@ -62,7 +63,7 @@ def _is_input_error(error: Exception) -> bool:
     """Tell whether fastprune itself refused what it was given: what a model or loader raises is a failure."""
     if isinstance(error, UsageError):
         return True
-    if not isinstance(error, (ValueError, TypeError, FileNotFoundError, ModuleNotFoundError)):
+    if not isinstance(error, (ValueError, TypeError, FileNotFoundError, ImportError)):
         return False
     frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
     return frames[-1].f_globals.get("__name__", "").split(".")[0] == __name__.split(".")[0]

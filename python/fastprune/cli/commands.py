@@ -18,10 +18,12 @@ from .._library import build_info
 from ..batches import iterate_batches, model_device
 from ..compress import compress
 from ..files import finite
-from ..importance import score
-from ..metrics import compare
+from ..importance import ImportanceScores, score
+from ..layers import check_model
+from ..metrics import compare, count_parameters
 from ..report import report
 from ..serialization import load, save
+from ..shrinking import shrink
 from .options import read_option, read_options
 from .values import UsageError
 
@@ -33,10 +35,13 @@ SCORE = (
 )  # fmt: skip
 COMPRESS = (
     "model", "train_loader", "val_loader", "sparsity", "budget", "target", "tolerance", "rounds", "epochs",
-    "granularity", "criterion", "include", "exclude", "scope", "floor", "teacher", "temperature",
-    "hard_label_weight", "loss_fn", "output_transform", "optimizer", "distillation", "example_inputs",
-    "fold_batch_norm", "max_samples", "max_accuracy_drop", "output", "checkpoint_dir", "seed", "progress",
+    "granularity", "structure", "round_to", "criterion", "include", "exclude", "scope", "floor", "teacher",
+    "temperature", "hard_label_weight", "loss_fn", "output_transform", "optimizer", "distillation",
+    "example_inputs", "fold_batch_norm", "max_samples", "max_accuracy_drop", "output", "checkpoint_dir",
+    "seed", "progress",
 )  # fmt: skip
+SELECT = ("sparsity", "threshold", "budget", "scope", "floor", "round_to")
+SHRINK = ("model", "scores", "masked", *SELECT, "example_inputs", "output", "seed")
 COMPARE = (
     "dense", "compressed", "loader", "example_inputs", "loss_fn", "output_transform", "max_accuracy_drop",
     "min_speedup", "seed",
@@ -157,13 +162,40 @@ def compress_command(arguments: argparse.Namespace) -> int:
     return FINE
 
 
+def shrink_command(arguments: argparse.Namespace) -> int:
+    """Cut masked units, heads and layers out of a model, and write what is left of it to a file."""
+    _seed(arguments)
+    options = read_options(arguments, required=("model", "example_inputs", "output"))
+    target = _check_file(options["output"])
+    model, source = check_model(options["model"]), options.get("masked")
+    select = {name: options[name] for name in SELECT if name in options}
+    if (source is None) == ("scores" not in options):
+        raise UsageError("`--scores` or `--masked` must be given, and not both")
+    if source is not None and select:
+        raise UsageError(f"`--{next(iter(select)).replace('_', '-')}` selects from --scores, got --masked")
+    before = count_parameters(model)
+    masks = None if source is not None else ImportanceScores.load(options["scores"]).select(**select)
+    if source is not None:
+        model = load(source, model)
+    small = shrink(model, masks, options["example_inputs"])
+    save(small, target)
+    after = count_parameters(small)
+    if arguments.json:
+        _print_json({"parameters": {"before": before, "after": after}, "output": str(target)})
+    else:
+        print(f"{after:,} of {before:,} parameters are left, written to {target}")
+    return FINE
+
+
 def compare_command(arguments: argparse.Namespace) -> int:
     """Print two models side by side, and fail where the second is not accurate or fast enough."""
     _seed(arguments)
     options = read_options(arguments, required=("dense", "compressed", "loader"))
-    dense, drop, least = options["dense"], options.get("max_accuracy_drop"), options.get("min_speedup")
-    if not isinstance(dense, nn.Module):
-        raise UsageError(f"`--dense` must give a torch.nn.Module, got {type(dense).__name__}")
+    dense, drop, least = (
+        check_model(options["dense"], "dense"),
+        options.get("max_accuracy_drop"),
+        options.get("min_speedup"),
+    )
     example = options.get("example_inputs")
     if example is None:
         batch = next(iterate_batches(options["loader"], model_device(dense)))

@@ -18,10 +18,12 @@ from .criterion import Merging, finish
 from .floors import Floor
 from .plotting import plot_scores
 from .ranking import Correlation, correlate
+from .rounding import check_round_to, is_rounded, rounded_up
 from .scopes import Scope, groups_of
 from .scores_file import read_scores, write_scores
 from .selection import Pieces, keep_above, keep_shares, keep_within_latency
 from .thresholds import Threshold, check_threshold
+from .union import joined_facts
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -118,6 +120,16 @@ class ImportanceScores(Mapping[str, Tensor]):
             costs[name] = sizes
         return costs
 
+    def total_cost(self, cost: str) -> float:
+        """Return what all pieces cost together: "params", "flops" (of one sample) or "bytes".
+
+        Example:
+            >>> scores.total_cost("params")
+            1126400.0
+
+        """
+        return sum(float(layer.sum()) for layer in self._costs(cost).values())
+
     def select(
         self,
         *,
@@ -126,6 +138,7 @@ class ImportanceScores(Mapping[str, Tensor]):
         budget: Budget | None = None,
         scope: Scope = "global",
         floor: Floor | Mapping[str, Floor] | None = None,
+        round_to: int = 1,
     ) -> Masks:
         """Return masks that drop the lowest scores; exactly one of the first three is given.
 
@@ -151,10 +164,14 @@ class ImportanceScores(Mapping[str, Tensor]):
                 that is computed, it says from which scores. Layers that are coupled go by the first of them.
             floor: what stays of each layer (:class:`Floor`), for all layers or by name globs, of which the
                 first that matches counts.
+            round_to: the number of units or input units that remain of a layer is a multiple of it, or all
+                there are; heads are not rounded. Units are ranked in lots that leave one, by their mean
+                score; where the selection ends within a lot the rest of it stays: never more goes than asked.
 
         Raises:
             TypeError: an argument is of the wrong kind.
-            ValueError: not exactly one is given, one is out of range, or a glob matches no layer.
+            ValueError: not exactly one is given, one is out of range, a glob matches no layer, or pieces that
+                are no single units are to be rounded.
 
         """
         options = {"sparsity": sparsity, "threshold": threshold, "budget": budget}
@@ -163,8 +180,9 @@ class ImportanceScores(Mapping[str, Tensor]):
             raise ValueError(f"select needs exactly one of `sparsity`, `threshold`, `budget`, got {given}")
         if isinstance(scope, str):
             check_scope(scope)
+        check_round_to(round_to, self.granularities)
         pieces = Pieces.of(
-            self._scores, self.pruned, self.coupled, self.granularities, self.weight_shapes, floor
+            self._scores, self.pruned, self.coupled, self.granularities, self.weight_shapes, floor, round_to
         )
         names = list(pieces.scores)
         notes = []
@@ -188,6 +206,10 @@ class ImportanceScores(Mapping[str, Tensor]):
             costs = self._costs("params" if budget is None else budget.cost)
             keep, short = keep_shares(pieces, pieces.joined(costs), groups_of(names, scope, removable))
             notes += [f"floors keep {', '.join(layers)} above what was asked for" for layers in short]
+        if round_to > 1:
+            for name in keep:
+                if is_rounded(self.granularities[name]):
+                    keep[name] = rounded_up(keep[name], pieces.scores[name], round_to)
         masks = pieces.spread(keep)
         masks = {name: masks[name] for name in self}
         emptied = [name for name, mask in masks.items() if mask.numel() and not bool(mask.any())]
@@ -314,6 +336,23 @@ class ImportanceScores(Mapping[str, Tensor]):
             facts["loss"] = self.loss + share * (other.loss - self.loss)
         facts["weight_uses"] = other.weight_uses if self.weight_uses is None else self.weight_uses
         return ImportanceScores({name: finish(self.merging, layer) for name, layer in means.items()}, **facts)
+
+    def __or__(self, other: ImportanceScores) -> ImportanceScores:
+        """Return the scores of both, which are of different layers of the same model, by the same criterion.
+
+        Example:
+            >>> units = fp.score(model, loader, granularity=fp.Unit(), include="*.intermediate.dense")
+            >>> masks = (units | fp.score(model, loader, granularity=fp.Head())).select(sparsity=0.5)
+
+        Raises:
+            TypeError: ``other`` are no scores.
+            ValueError: they have a layer in common, or are of another criterion.
+
+        """
+        if not isinstance(other, ImportanceScores):
+            raise TypeError(f"`other` must be ImportanceScores, got {type(other).__name__}")
+        facts = joined_facts(self.criterion, self._facts(), other._facts(), (set(self), set(other)))
+        return ImportanceScores({**self._scores, **other._scores}, **facts)
 
     def _merged(self, name: str, first: Tensor, second: Tensor, other: ImportanceScores) -> Tensor:
         if self.merging == "max":

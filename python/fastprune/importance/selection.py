@@ -13,6 +13,7 @@ from ..granularity import Granularity
 from ..masks import Budget
 from .floors import Floor, floors_by_layer
 from .knapsack import Curve, allocate
+from .rounding import chunk_scores, is_rounded
 from .scopes import Group
 from .thresholds import Threshold
 
@@ -24,12 +25,15 @@ class Pieces(NamedTuple):
         scores: layer name to scores, -inf for pieces that are pruned already.
         protected: layer name to bool tensor, True for pieces that a floor keeps.
         members: layer name to all the layers whose pieces these are.
+        ranks: layer name to what the pieces are ranked by where shares are taken: their scores, or those of
+            the lots in which they go.
 
     """
 
     scores: dict[str, Tensor]
     protected: dict[str, Tensor]
     members: dict[str, tuple[str, ...]]
+    ranks: dict[str, Tensor]
 
     @classmethod
     def of(
@@ -40,6 +44,7 @@ class Pieces(NamedTuple):
         granularities: Mapping[str, Granularity],
         weight_shapes: Mapping[str, torch.Size],
         floor: Floor | Mapping[str, Floor] | None,
+        round_to: int = 1,
     ) -> Pieces:
         """Return the pieces of a model's scores.
 
@@ -69,7 +74,13 @@ class Pieces(NamedTuple):
             ]
             nothing = torch.zeros(ranked[first].shape, dtype=torch.bool)
             protected[first] = torch.stack([nothing, *keeps]).any(0)
-        return cls(ranked, protected, members)
+        ranks = ranked
+        if round_to > 1:
+            ranks = {
+                name: chunk_scores(layer, round_to) if is_rounded(granularities[name]) else layer
+                for name, layer in ranked.items()
+            }
+        return cls(ranked, protected, members, ranks)
 
     def joined(self, costs: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Return the costs of the pieces: what they cost in all of their layers."""
@@ -120,7 +131,7 @@ def keep_shares(
     keep: dict[str, Tensor] = {}
     short = []
     for layers, removable in groups:
-        scores = _together(pieces.scores, layers)
+        scores = _together(pieces.ranks, layers)
         if removable is None:
             keep |= _apart(scores > -torch.inf, pieces.scores, layers)
             continue

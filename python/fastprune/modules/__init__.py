@@ -4,6 +4,7 @@ from .base import BlockSparseLayer
 from .choice import clear_layer_seconds, explain, layer_choices
 from .conv import BlockSparseConv2d
 from .convert import leave_dense_, sparsify_
+from .densify import to_dense_
 from .density import set_density
 from .latency import measure_latency
 from .linear import BlockSparseLinear
@@ -21,4 +22,5 @@ __all__ = [
     "set_density",
     "sparsify_",
     "swap_modules",
+    "to_dense_",
 ]

@@ -11,6 +11,19 @@ from torch.nn.utils import parametrize
 
 from .linear import BlockSparseLinear
 
+_CUT_FROM = "_fastprune_cut_from"
+
+
+def sizes_before_cut(module: nn.Module) -> dict[str, int | bool] | None:
+    """Return the sizes that a layer had before units were cut out of it, or None where none were."""
+    return getattr(module, _CUT_FROM, None)
+
+
+def mark_cut(module: nn.Module, before: Mapping[str, int | bool]) -> None:
+    """Let a layer remember the sizes that it had; those that it remembers already stay."""
+    if sizes_before_cut(module) is None:
+        setattr(module, _CUT_FROM, dict(before))
+
 
 def copy_of(module: nn.Module, **changes: Any) -> nn.Module:
     """Return a layer that computes the same, with plain parameters that need no gradient.
@@ -46,6 +59,10 @@ def swap_modules(model: nn.Module, replacements: Mapping[str, nn.Module]) -> Cal
         setattr(owner, attribute, value)
 
     new = {id(model.get_submodule(name)): module for name, module in replacements.items()}
+    for name, module in replacements.items():
+        before = sizes_before_cut(model.get_submodule(name))
+        if before is not None and not isinstance(module, nn.Identity):
+            mark_cut(module, before)
     for parent in list(model.modules()):
         for child_name, child in parent._modules.items():
             if child is not None and id(child) in new:
