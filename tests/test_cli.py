@@ -17,7 +17,7 @@ from fastprune import cli, demo, metrics
 from fastprune.demo import load_digits_data, load_idx_data, make_model, read_idx
 from fastprune.modules import choice, formats
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.filterwarnings("ignore:fastprune")]
 
 
 def idx_bytes(array):

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import json
 import re
+import shlex
+import sys
 from pathlib import Path
 
 import pytest
 
 import fastprune as fp
+from fastprune import cli
+from fastprune.cli import options
 
 DOCS = Path(__file__).resolve().parent.parent / "docs"
 
@@ -60,6 +65,26 @@ def test_the_page_on_pruning_runs(capsys):
 def test_the_page_on_the_report_runs():
     defined = run_page("report.md")
     assert "Three rounds to 75 %" in (defined["folder"] / "checkpoints.html").read_text()
+
+
+def test_the_page_on_the_command_line_runs(tmp_path, monkeypatch, capsys):
+    text = (DOCS / "command_line.md").read_text()
+    blocks = dict(re.findall(r"^```(\w+)\n(.*?)^```$", text, re.MULTILINE | re.DOTALL))
+    (tmp_path / "project.py").write_text(blocks["python"])
+    (tmp_path / "run.toml").write_text(blocks["toml"])
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delitem(sys.modules, "project", raising=False)
+    commands = [shlex.split(line) for line in blocks["sh"].splitlines()]
+    assert [command[1] for command in commands] == ["score", "compress", "compare", "report"]
+    for command in commands:
+        assert command[0] == "fastprune"
+        assert cli.main(command[1:]) == 0
+        if "--json" in command:
+            assert json.loads(capsys.readouterr().out.rpartition("run\n")[2])["speedup"] == 2.0
+    assert "Three rounds to 75 %" in (tmp_path / "run" / "report.html").read_text()
+    assert json.loads((tmp_path / "run" / "history.json").read_text())["settings"]["sparsity"] == 0.75
+    named = set(re.findall(r"`(\w+)`", text.partition("## Arguments")[2].partition("##")[0]))
+    assert named & set(options.OPTIONS) >= {"model", "granularity", "criterion", "floor", "budget", "scope"}
 
 
 def test_the_page_on_shrinking_runs():

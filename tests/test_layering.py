@@ -43,10 +43,11 @@ ORDER = (
     "shrinking.dependencies", "shrinking.heads", "shrinking.cutting", "shrinking.skipping", "shrinking.plan",
     "shrinking.verification", "shrinking.removal", "shrinking.removable", "shrinking.saving", "shrinking",
     "saved_structure", "serialization",
-    "checkpoints", "unit_scores",
+    "checkpoints",
     "report.style", "report.html", "report.charts", "report.heat_maps", "report.tables", "report.page",
     "report.saved", "report",
-    "compression_result", "compression_run", "compression_search", "compress", "demo", "cli",
+    "unit_scores", "compression_result", "compression_run", "compression_search", "compress", "demo",
+    "cli.values", "cli.options", "cli.commands", "cli",
     "", "__main__",
 )  # fmt: skip
 # Siblings of one layer that are kept apart, so that either can be understood without the other.

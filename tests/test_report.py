@@ -355,6 +355,19 @@ def test_a_search_shows_what_it_tried_and_the_run_it_returns(tmp_path):
     assert (tmp_path / "later.html").read_text() == (tmp_path / "report.html").read_text()
 
 
+@pytest.mark.parametrize("structure", ["units", "both"])
+def test_units_that_are_cut_out_are_reported(tmp_path, structure):
+    pytest.importorskip("torch_pruning", reason="needs pip install 'fastprune[structured]'")
+    result = run(tmp_path, structure=structure, round_to=1)
+    result.report(tmp_path / "report.html")
+    page = read(tmp_path / "report.html")
+    assert page.figures["parameters"][1] == result.history[-1]["parameters"]
+    assert page.figures["layer_sparsity"] == list(result.history[-1]["layers"].values())
+    assert ("units and heads scored by" if structure == "units" else "units, then Block") in page.text
+    fp.report(tmp_path, tmp_path / "later.html")
+    assert (tmp_path / "later.html").read_text() == (tmp_path / "report.html").read_text()
+
+
 def test_units_say_why_no_layer_was_measured(tmp_path):
     result = run(tmp_path, granularity=fp.Unit())
     assert {entry["choice"] for entry in result.history[-1]["layer_latency"].values()} == {"dense"}

@@ -53,6 +53,7 @@ def line_chart(
     points: list[Point],
     *,
     form: Callable[[float], str],
+    label: Callable[[float], str],
     loose: Sequence[Point] = (),
     lines: Sequence[tuple[float, str]] = (),
 ) -> str:
@@ -65,7 +66,8 @@ def line_chart(
         title: what the figure shows.
         y_title: the quantity and its unit.
         points: in the order in which a line joins them.
-        form: makes a label of a value.
+        form: how the axis shows a value.
+        label: how a point shows it.
         loose: points that no line joins.
         lines: horizontal ones, dashed, with their names.
 
@@ -113,13 +115,10 @@ def line_chart(
         )
     for index in _labelled(points):
         point = points[index]
-        neighbours = points[max(index - 1, 0) : index] + points[index + 1 : index + 2]
-        # On the side that the line does not come from.
-        side = "1.6em" if neighbours and all(other.y > point.y for other in neighbours) else "-.8em"
-        anchor = "start" if point.x < 0.05 else "end" if point.x > 0.95 else "middle"
+        side, anchor = _place_of_label(points, index)
         parts.append(
             f'<text class="value" x="{across(point.x)}" y="{up(point.y)}" dy="{side}" '
-            f'text-anchor="{anchor}">{escape(form(point.y))}</text>'
+            f'text-anchor="{anchor}">{escape(label(point.y))}</text>'
         )
     summary = "; ".join(point.label for point in everything)
     return (
@@ -127,6 +126,18 @@ def line_chart(
         f'<div class="plot"><svg role="img" aria-label="{escape(f"{title}: {summary}")}" width="100%" '
         f'height="200">{"".join(parts)}</svg></div></figure>'
     )
+
+
+def _place_of_label(points: list[Point], index: int) -> tuple[str, str]:
+    """Return ``dy`` and ``text-anchor`` of a point's label, on the side that the line does not take."""
+    point = points[index]
+    before, after = points[max(index - 1, 0) : index], points[index + 1 : index + 2]
+    below = bool(before or after) and all(other.y > point.y for other in (*before, *after))
+    anchor = "start" if point.x < 0.05 else "end" if point.x > 0.95 else "middle"
+    if anchor == "middle" and before and after and not below:
+        falls, rises = before[0].y > point.y >= after[0].y, before[0].y <= point.y < after[0].y
+        anchor = "start" if falls else "end" if rises else "middle"
+    return "1.6em" if below else "-.8em", anchor
 
 
 def _labelled(points: Sequence[Point]) -> list[int]:

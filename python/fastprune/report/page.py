@@ -102,7 +102,10 @@ def _summary(figures: Figures) -> str:
     settings, rounds = figures.get("settings") or {}, len(figures["history"])
     parts = [f"{rounds} round{'' if rounds == 1 else 's'}"]
     if "criterion" in settings:
-        parts.insert(0, f"{settings['granularity']} pieces scored by {settings['criterion']}")
+        blocks = f"{settings['granularity']} pieces"
+        structures = {"units": "units and heads", "both": f"units, then {blocks},"}
+        pieces = structures.get(settings.get("structure", "blocks"), blocks)
+        parts.insert(0, f"{pieces} scored by {settings['criterion']}")
     return ", ".join(parts)
 
 
@@ -158,6 +161,7 @@ def _accuracy_chart(figures: Figures, key: str) -> str:
         unit,
         points,
         form=_percentage if key == "accuracy" else "{:.3g}".format,
+        label=(lambda value: f"{100 * value:.2f}") if key == "accuracy" else "{:.3g}".format,
         loose=loose,
         lines=limits,
     )
@@ -184,6 +188,7 @@ def _speedup_chart(figures: Figures) -> str:
         f"dense latency ÷ latency{batch_of(figures)}",
         points,
         form=lambda value: f"{value:.3g}{TIMES}",
+        label=times,
         lines=[(1.0, "as fast as dense")],
     )
 
@@ -192,7 +197,11 @@ def _latencies(layers: dict[str, Any]) -> str:
     measured = tables.latencies(layers)
     if not measured:
         reasons = "; ".join(sorted({entry["reason"] for entry in layers.values()}))
-        return _note(f"No layer was measured: {reasons}." if reasons else "No times were kept.")
+        return _note(
+            f"No layer was measured: {reasons}."
+            if reasons
+            else "No layer was swapped, or no times were kept."
+        )
     return (
         '<p class="key"><span><i class="bar dense"><i></i></i> dense</span> '
         f'<span><i class="bar"><i></i></i> sparse</span></p>{measured}'

@@ -76,7 +76,9 @@ svg text.limit { stroke-dasharray: none; }
   table { font-size: .84rem; }
   th, td { padding: 5px 6px; }
   table.wide th, table.bars th { white-space: normal; }
-  table.wide { width: 100%; }
+  table.wide { width: 100%; font-size: .78rem; }
+  table.wide th, table.wide td { padding: 5px 4px; }
+  table.wide td:last-child { white-space: normal; }
   table.bars td:has(.bar) { min-width: 60px; width: 22%; }
   table.bars td { white-space: normal; }
   table.bars td data { white-space: nowrap; }
