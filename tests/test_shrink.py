@@ -125,6 +125,19 @@ def test_depthwise_convolutions_are_cut_with_what_they_read():
     assert (small[0].out_channels, small[5].in_channels) == (4, 4)
 
 
+def test_depthwise_convolutions_that_pad_themselves_are_scored_with_what_they_read():
+    model = nn.Sequential(
+        nn.Conv2d(3, 8, 1), nn.BatchNorm2d(8), nn.ReLU6(), SamePadded(8, 8, 3, groups=8), nn.BatchNorm2d(8),
+        nn.ReLU6(), SamePadded(8, 4, 1), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 5),
+    )  # fmt: skip
+    x = torch.randn(3, 3, 8, 8)
+    masks = magnitude_masks(model, x, fp.Unit(coupled=True), include=["0", "3"])
+    assert torch.equal(masks["0"], masks["3"])
+    small = shrinks(model, x, masks, others=[torch.randn(1, 3, 9, 15)])
+    assert type(small[3]) is SamePadded
+    assert small[0].out_channels == small[3].groups == small[6].in_channels == 4
+
+
 def test_hugging_face_bert_loses_heads_and_feed_forward_units():
     model, tokens = tiny_bert()
     heads = magnitude_masks(model, tokens, fp.Head())
@@ -204,6 +217,15 @@ def test_ugly_sizes_and_every_sparsity():
             masks = magnitude_masks(model, x, fp.Unit(), sparsity, include="0")
             small = shrinks(model, x, masks, others=[torch.randn(1, 17)])
             assert small[0].out_features == small[2].in_features == max(int(masks["0"].sum()), 1)
+
+
+@pytest.mark.parametrize("hidden", [1, 15])
+def test_of_units_that_are_all_masked_one_stays(hidden):
+    model = nn.Sequential(nn.Linear(7, hidden), nn.Sigmoid(), nn.Linear(hidden, 5))
+    x = torch.randn(4, 7)
+    with pytest.warns(UserWarning, match="masked units stay: 1 of '0' .*one unit of a layer stays"):
+        small = shrinks(model, x, unit_masks(model, _0=range(hidden)), others=[torch.randn(1, 7)])
+    assert (small[0].out_features, small[2].in_features) == (1, 1)
 
 
 def test_input_units_take_along_what_made_them():
