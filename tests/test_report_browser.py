@@ -97,6 +97,17 @@ def test_nothing_is_cut_off_or_covered_or_pale(page, report, width, scheme):
     assert dark == (scheme == "dark")
 
 
+def test_a_printed_page_is_as_wide_as_the_paper_and_light(page, report):
+    page.load(report[1], 718, "dark")  # A4 without margins of 1 cm
+    page.send("Emulation.setEmulatedMedia", media="print")
+    try:
+        assert page.evaluate("document.documentElement.scrollWidth") <= 718
+        assert page.evaluate(OUTSIDE) == []
+        assert page.evaluate("getComputedStyle(document.body).backgroundColor") == "rgb(255, 255, 255)"
+    finally:
+        page.send("Emulation.setEmulatedMedia", media="")
+
+
 def test_the_page_asks_for_nothing_and_reports_no_error(page, report):
     page.requests.clear()
     page.errors.clear()

@@ -234,6 +234,8 @@ def _compressed(given: str, dense: nn.Module) -> nn.Module:
 def report_command(arguments: argparse.Namespace) -> int:
     """Write the page of a compression from what it left in a folder."""
     folder: Path = arguments.folder
+    if not folder.is_dir():
+        raise UsageError(f"`folder` must be one that compress wrote, got '{folder}'")
     target = _check_file(arguments.output or folder / "report.html")
     report(folder, target, checkpoint_dir=arguments.checkpoint_dir, title=arguments.title)
     print(f"written to {target}")

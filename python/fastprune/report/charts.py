@@ -9,8 +9,8 @@ from collections.abc import Callable, Sequence
 
 from .html import escape
 
-# Labels of neighbours that are closer than this share of the width would overlap on a phone.
-_CLOSEST_LABELS = 0.17
+# How much of the width of a phone's chart a label takes.
+_LABEL_WIDTH = 0.2
 
 
 @dataclasses.dataclass(frozen=True)
@@ -140,12 +140,16 @@ def _place_of_label(points: list[Point], index: int) -> tuple[str, str]:
     return "1.6em" if below else "-.8em", anchor
 
 
-def _labelled(points: Sequence[Point]) -> list[int]:
-    """Return which points are labelled: the last, and before it those with room for a label."""
+def _labelled(points: list[Point]) -> list[int]:
+    """Return which points are labelled: the last, and before it those whose labels have room."""
     chosen: list[int] = []
+    taken = 2.0
     for index in reversed(range(len(points))):
-        if all(abs(points[index].x - points[other].x) >= _CLOSEST_LABELS for other in chosen):
+        _, anchor = _place_of_label(points, index)
+        begin = points[index].x - _LABEL_WIDTH * {"start": 0.0, "middle": 0.5, "end": 1.0}[anchor]
+        if begin + _LABEL_WIDTH <= taken:
             chosen.append(index)
+            taken = begin
     return chosen
 
 

@@ -86,6 +86,8 @@ svg text.limit { stroke-dasharray: none; }
 @media print {
   main { max-width: none; padding: 0; }
   .scroll { overflow: visible; }
+  table { font-size: .74rem; }
+  th, td { padding: 3px 5px; }
   .bar i, .ramp, .tiles { print-color-adjust: exact; -webkit-print-color-adjust: exact; }
   figure, tr, .tiles { break-inside: avoid; }
   h2 { break-after: avoid; }
