@@ -22,7 +22,7 @@ from minilm_movie_snippets import Batches, SentenceClassifier
 
 HEADS_LEFT = 8
 UNITS_GONE = 0.5
-ROUNDS = 2
+ROUNDS = 1
 
 
 def cut(
