@@ -206,6 +206,13 @@ def test_scores_of_the_same_layer_or_of_another_criterion_are_not_joined():
     assert list(both) == ["0", "2"]
     assert both.select(sparsity=0.5, scope="layer").granularity_of("2") == fp.InputUnit()
     assert both.total_cost("params") == 7 * 9 + 9 * 5
+    network = make()
+    coupled = fp.score(
+        network, data(), criterion="magnitude", granularity=fp.Unit(coupled=True), exclude="head"
+    )
+    head = fp.score(network, data(), criterion="magnitude", granularity=fp.InputUnit(), include="head")
+    assert coupled.coupled
+    assert (coupled | head).coupled == (head | coupled).coupled == coupled.coupled
     with pytest.raises(ValueError, match="`other` must be scores of other layers, got '0' in both"):
         both | units
     with pytest.raises(ValueError, match="`other` must be of criterion 'magnitude', got 'random'"):

@@ -84,6 +84,7 @@ def test_a_tiny_bert_loses_a_quarter_of_its_heads_and_half_of_its_units(load, tm
         recipe.Batches(snippets, 8, shuffle=False),
         example_inputs=recipe.example_inputs(snippets),
         heads_left=3,
+        rounds=2,
         epochs=1,
         max_samples=8,
         checkpoint_dir=tmp_path,

@@ -168,6 +168,21 @@ def test_heads_go_where_all_of_their_values_are_masked():
     assert small.attention.query.weight.shape == (4, 8)
 
 
+def test_a_head_whose_values_are_a_bias_stays_and_another_goes():
+    model = TextClassifier()
+    x = torch.randint(0, 11, (4, 9))
+    values = torch.tensor([[False], [True], [True], [True]])  # blocks leave the bias
+    heads = torch.tensor([True, False, True, True])
+    shape = model.attention.value.weight.shape
+    masks = (
+        fp.Masks({"attention.value": values}, fp.Block(2, 8), {"attention.value": shape}),
+        fp.Masks({"attention.out_proj": heads}, fp.Head(4), {"attention.out_proj": shape}),
+    )
+    small = shrinks(model, x, *masks, others=[torch.randint(0, 11, (2, 5))])
+    assert small.attention.num_heads == 3
+    assert torch.equal(small.attention.value.bias, model.attention.value.bias[[0, 1, 4, 5, 6, 7]])
+
+
 def test_of_heads_that_are_all_masked_one_stays():
     model = TextClassifier()
     x = torch.randint(0, 11, (4, 9))
