@@ -87,7 +87,7 @@ def measure(
 ) -> float:
     """Time ``ours`` and return how many times faster than ``baseline`` it is.
 
-    The speed-up is the ratio of medians of one interleaved run; pytest-benchmark's own time of ``ours``
+    The speed-up is the median ratio of one interleaved run; pytest-benchmark's own time of ``ours``
     stands beside it.
 
     Args:
