@@ -18,7 +18,7 @@ SPARSITIES = (0.5, 0.75, 0.9, 0.95)
 BLOCKSIZES = (16, 32, 64, 128)
 SAMPLES = (1, 4, 16, 64, 256, 1024, 4096, 8192)
 LINEAR_OPS = ("forward", "input gradient", "weight gradient")
-CONVOLUTION_OPS = ("conv2d forward", "conv2d input gradient")
+CONVOLUTION_OPS = ("conv2d forward", "conv2d input gradient", "conv2d weight gradient")
 LOSS_OPS = ("ablate_linear", "ablated_cross_entropy", "ablated_mlp_cross_entropy")
 # ‖result - float64‖ / ‖float64‖. Rounding the result alone gives about 2e-3, 2e-4 and 3e-8; tf32 keeps 10
 # bits of the factors.
@@ -213,26 +213,36 @@ def _convolution_problem(case: Case, device: torch.device) -> Problem:
         return random.contiguous(memory_format=torch.channels_last)
 
     tf32 = case.dtype == "tf32"
+    out = images(case.out_features) if case.op != "conv2d forward" else None
+    input = images(case.in_features) if case.op != "conv2d input gradient" else None
     if case.op == "conv2d forward":
-        input = images(case.in_features)
-        name, rest = "block_sparse_conv2d_inference", (None, case.out_features, *positions, "none")
+        operands, rest = (input, *tensors), (None, case.out_features, *positions, "none")
+        name, twin = "block_sparse_conv2d_inference", reference.block_sparse_conv2d
         options: dict[str, Any] = {"out_channels": case.out_features}
-        twin = reference.block_sparse_conv2d
         functions = {"dense": lambda: F.conv2d(input, dense, padding=1)}
-    else:
-        input = images(case.out_features)
-        name, rest = "block_sparse_conv2d_input_gradient", (size, *positions)
+    elif case.op == "conv2d input gradient":
+        operands, rest = (out, *tensors), (size, *positions)
+        name, twin = "block_sparse_conv2d_input_gradient", reference.block_sparse_conv2d_input_gradient
         options = {"input_size": size}
-        twin = reference.block_sparse_conv2d_input_gradient
-        functions = {"dense": lambda: torch.nn.grad.conv2d_input(size, dense, input, padding=1)}
+        functions = {"dense": lambda: torch.nn.grad.conv2d_input(size, dense, out, padding=1)}
+    else:
+        operands, rest = (out, input, *tensors[1:]), (case.blocksize, case.blocksize, *positions)
+        name, twin = "block_sparse_conv2d_weight_gradient", reference.block_sparse_conv2d_weight_gradient
+        options = {"blocksize": (case.blocksize,) * 2}
+        functions = {"dense": lambda: torch.nn.grad.conv2d_weight(input, dense.shape, out, padding=1)}
 
     def expected(where: torch.device) -> Tensor:
-        moved = [tensor.to(where) for tensor in (input, *tensors)]
-        return twin(moved[0].double(), moved[1].double(), *moved[2:], **options, **geometry)
+        moved = [tensor.to(where) for tensor in operands]
+        moved = [tensor.double() if tensor.is_floating_point() else tensor for tensor in moved]
+        return twin(*moved, **options, **geometry)
 
-    ours = {"fastprune": lambda: _op(name, input, *tensors, *rest, tf32=tf32)}
+    ours = {"fastprune": lambda: _op(name, *operands, *rest, tf32=tf32)}
     flops = 2.0 * case.samples * width * width * weight.packed_values.numel()
-    return Problem(ours | functions, expected, TOLERANCES[case.dtype], flops, {"density": weight.density})
+    # The dense weight's gradient is more than that of its kept blocks.
+    unchecked = "dense" if case.op == "conv2d weight gradient" else None
+    return Problem(
+        ours | functions, expected, TOLERANCES[case.dtype], flops, {"density": weight.density}, unchecked
+    )
 
 
 def _loss_problem(case: Case, device: torch.device) -> Problem:
