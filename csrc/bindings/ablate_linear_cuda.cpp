@@ -29,8 +29,7 @@ Tensor ablate_linear_cuda(const Tensor& output, const Tensor& input, const Tenso
   args.num_pieces = pieces.size(0);
   args.masked = static_cast<float*>(masked.mutable_data_ptr());
   check_launch(launch_ablate_linear(args, current_stream(output)), "ablate_linear_f32", output,
-               "output ", shape_text(output), ", input ", shape_text(input), ", pieces ",
-               shape_text(pieces));
+               "output ", output, ", input ", input, ", pieces ", pieces);
   return masked;
 }
 

@@ -54,8 +54,8 @@ Tensor ablated_cross_entropy_cuda(const Tensor& logits, const Tensor& hidden, co
   args.weight_panel = data_of<float>(weight_panel);
   args.delta_sum = data_of<double>(delta_sum);
   check_launch(launch_ablated_cross_entropy(args, current_stream(logits)),
-               "ablated_cross_entropy_f32", logits, "logits ", shape_text(logits), ", hidden ",
-               shape_text(hidden), ", pieces ", shape_text(pieces));
+               "ablated_cross_entropy_f32", logits, "logits ", logits, ", hidden ", hidden,
+               ", pieces ", pieces);
   return delta_sum;
 }
 

@@ -69,9 +69,8 @@ Tensor ablated_mlp_cross_entropy_cuda(const Tensor& logits, const Tensor& input,
   args.second_weight_panel = data_of<float>(second_weight_panel);
   args.delta_sum = data_of<double>(delta_sum);
   check_launch(launch_ablated_mlp_cross_entropy(args, current_stream(logits)),
-               plan ? plan->launch.kernel : kOp, logits, "logits ", shape_text(logits), ", input ",
-               shape_text(input), ", first_weight ", shape_text(first_weight), ", pieces ",
-               shape_text(pieces));
+               plan ? plan->launch.kernel : kOp, logits, "logits ", logits, ", input ", input,
+               ", first_weight ", first_weight, ", pieces ", pieces);
   return delta_sum;
 }
 

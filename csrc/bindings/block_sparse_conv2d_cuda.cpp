@@ -61,7 +61,7 @@ ConvolutionShape shape_of(const Tensor& images, int64_t in_channels, int64_t hei
   int multiprocessors = 0;
   check_launch(cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount,
                                       images.get_device_index()),
-               kOp, images, shape_text(images));
+               kOp, images, images);
   return {images.size(0),     in_channels,    height,         width,
           out_channels,       output.height,  output.width,   geometry,
           values.size(2),     values.size(1), values.size(0), is_aligned(values),
@@ -116,9 +116,8 @@ void run(const Product& product, const std::optional<ConvolutionPlan>& plan) {
     }
   }
   check_launch(status, plan ? plan->launch.kernel : product.op, product.input,
-               product.blocks ? "grad_output " : "input ", shape_text(product.input),
-               ", packed_values ", shape_text(product.values), ", output ",
-               shape_text(product.output));
+               product.blocks ? "grad_output " : "input ", product.input, ", packed_values ",
+               product.values, ", output ", product.output);
 }
 
 Tensor block_sparse_conv2d_cuda(const Tensor& input, const Tensor& packed_values,
@@ -216,8 +215,8 @@ Tensor block_sparse_conv2d_input_gradient_cuda(
       static_cast<int32_t>(channel_blocks),
       static_cast<int32_t>(groups)};
   check_launch(launch_convolution_structure(structure, current_stream(grad_output)),
-               "block_sparse_conv2d_structure", grad_output, "packed_values ",
-               shape_text(packed_values), ", lists ", lists);
+               "block_sparse_conv2d_structure", grad_output, "packed_values ", packed_values,
+               ", lists ", lists);
   const ConvolutionShape shape =
       shape_of(product.input, input_size[1], input_size[2], input_size[3], grad_output.size(1),
                {grad_output.size(2), grad_output.size(3)}, geometry, product.values);

@@ -62,8 +62,8 @@ Tensor block_sparse_conv2d_weight_gradient_cuda(
                                                           : &launch<__nv_bfloat16>;
   check_launch(
       run(grads, inputs, crow, col, grad_values, partial_sums, channel_blocks, groups, *plan),
-      plan->launch.product.kernel, grad_output, "grad_output ", shape_text(grad_output), ", input ",
-      shape_text(input), ", grad_values ", shape_text(grad_values));
+      plan->launch.product.kernel, grad_output, "grad_output ", grad_output, ", input ", input,
+      ", grad_values ", grad_values);
   return grad_values;
 }
 

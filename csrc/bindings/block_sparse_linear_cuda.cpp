@@ -63,8 +63,7 @@ void run(const Product& product, const Tensor& matrix, const Tensor& values, con
   const char* kernel = product.op;
   const cudaError_t status = launch(args, product, current_stream(product.input), &kernel);
   check_launch(status, kernel, product.input, product.input_gradient ? "grad_output " : "input ",
-               shape_text(product.input), ", packed_values ", shape_text(product.packed_values),
-               ", output ", shape_text(output));
+               product.input, ", packed_values ", product.packed_values, ", output ", output);
 }
 
 Tensor run(const Product& product) {
@@ -132,7 +131,7 @@ Tensor block_sparse_linear_input_gradient_cuda(const Tensor& grad_output,
                                           as_indices(sources),
                                           as_indices(blocks)};
   check_launch(launch_transposed_structure(structure, block_cols, current_stream(grad_output)),
-               "transposed_structure", grad_output, "packed_values ", shape_text(packed_values),
+               "transposed_structure", grad_output, "packed_values ", packed_values,
                ", block columns ", block_cols);
   return run({kInputGradientOp, grad_output, packed_values, offsets, sources, blocks,
               /*bias=*/std::nullopt, in_features, Activation::kNone, /*input_gradient=*/true,

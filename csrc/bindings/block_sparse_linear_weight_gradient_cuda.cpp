@@ -52,8 +52,8 @@ Tensor block_sparse_linear_weight_gradient_cuda(const Tensor& grad_output, const
                    : type == WeightGradientType::kFloat16 ? &launch<__half>
                                                           : &launch<__nv_bfloat16>;
   check_launch(run(grad_matrix, input_matrix, crow, col, grad_values, partial_sums, *plan),
-               plan->product.kernel, grad_output, "grad_output ", shape_text(grad_output),
-               ", input ", shape_text(input), ", grad_values ", shape_text(grad_values));
+               plan->product.kernel, grad_output, "grad_output ", grad_output, ", input ", input,
+               ", grad_values ", grad_values);
   return grad_values;
 }
 

@@ -36,17 +36,25 @@ inline std::string architecture_of(int device) {
   return "sm_" + std::to_string(major) + std::to_string(minor);
 }
 
-// Errors of earlier kernels surface here too: CUDA reports them to whoever calls next.
-template <class... Shapes>
+inline std::string part_text(const Tensor& tensor) { return shape_text(tensor); }
+template <class Part>
+const Part& part_text(const Part& part) {
+  return part;
+}
+
+// Errors of earlier kernels surface here too: CUDA reports them to whoever calls next. The parts of
+// the message, tensors among them, become text only after a failure: that takes longer than a
+// launch.
+template <class... Parts>
 void check_launch(cudaError_t status, const char* kernel, const Tensor& input,
-                  const Shapes&... shapes) {
+                  const Parts&... parts) {
   if (status == cudaSuccess) return;
   std::ostringstream message;
   message << "CUDA kernel " << kernel << ": " << cudaGetErrorString(status) << " ("
           << cudaGetErrorName(status) << "), on device " << input.get_device_index() << " ("
           << architecture_of(input.get_device_index()) << "; built for "
           << FASTPRUNE_CUDA_ARCHITECTURES << ") with ";
-  (message << ... << shapes);
+  (message << ... << part_text(parts));
   throw std::runtime_error(message.str());
 }
 
