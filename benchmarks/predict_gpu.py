@@ -45,22 +45,29 @@ def _float32_tiling(blocksize: int, samples: int, resident: int) -> Tiling:
 def _large_tiling(strip: int) -> Callable[[int, int, int], Tiling | None]:
     # LargeTile of csrc/kernels/cuda/block_sparse_linear_plan.h: 64 bytes of each row in a stage.
     def tiling_of(blocksize: int, samples: int, resident: int) -> Tiling | None:
-        # The kernel with the widest strips that the block allows; small tiles serve up to 128 samples.
+        # The kernel with the widest strips that the block allows; others serve up to 128 samples.
         if samples <= 128 or min(blocksize, 64) != strip:
             return None
-        return Tiling(256, 128, 32, 256, resident, blocksize)
+        return Tiling(256, 64, 32, 256, resident, blocksize)
 
     return tiling_of
 
 
 def _small_tiling(blocksize: int, samples: int, resident: int) -> Tiling | None:
     # SmallTile of the same.
-    return Tiling(64, 64, 32, 128, resident, blocksize) if samples > 16 else None
+    return Tiling(64, 64, 32, 128, resident, blocksize) if samples > _most_few_samples(blocksize) else None
+
+
+def _most_few_samples(blocksize: int) -> int:
+    # most_few_samples of the same.
+    return 32 if blocksize % 64 == 0 else 64 if blocksize % 32 == 0 else 128
 
 
 def _few_samples_tiling(blocksize: int, samples: int, resident: int) -> Tiling | None:
     # Of csrc/kernels/cuda/few_samples.cuh: eight warps take 16 columns each.
-    return Tiling(16, 16, 128, 256, resident, blocksize) if samples <= 16 else None
+    if samples > _most_few_samples(blocksize):
+        return None
+    return Tiling(16, 16, 128, 256, resident, blocksize)
 
 
 # How each kernel of ours tiles, by pattern of its name: (block size, samples, resident thread blocks) to a
@@ -69,7 +76,7 @@ TILINGS: dict[str, Callable[[int, int, int], Tiling | None]] = {
     "block_sparse_linear_f32": _float32_tiling,
     "block_sparse_linear_bf16_few_samples": _few_samples_tiling,
     "block_sparse_linear_bf16_64x64_by_16": _small_tiling,
-    **{f"block_sparse_linear_bf16_256x128_by_{strip}": _large_tiling(strip) for strip in (16, 32, 64)},
+    **{f"block_sparse_linear_bf16_256x64_by_{strip}": _large_tiling(strip) for strip in (16, 32, 64)},
 }
 
 

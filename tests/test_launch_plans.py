@@ -77,41 +77,40 @@ def tensor_core_plan(samples: int = 2048, **options: object):
 
 def test_tensor_cores_take_tiles_of_whole_strips() -> None:
     assert tensor_core_plan() == {
-        "kernel": "block_sparse_linear_bf16_256x128_by_32",
-        "grid": (8 * 16, 1, 1),
+        "kernel": "block_sparse_linear_bf16_256x64_by_32",
+        "grid": (8 * 32, 1, 1),
         "block": (256, 1, 1),
-        "shared_bytes": 72 * 1024,
+        "shared_bytes": 80 * 1024,
     }
     names = {48: "by_16", 64: "by_64", 96: "by_32", 128: "by_64"}
     for rows, name in names.items():
-        assert tensor_core_plan(rows=rows)["kernel"] == f"block_sparse_linear_bf16_256x128_{name}"
+        assert tensor_core_plan(rows=rows)["kernel"] == f"block_sparse_linear_bf16_256x64_{name}"
     gradient = tensor_core_plan(input_gradient=True)
-    assert gradient["kernel"] == "block_sparse_linear_input_gradient_bf16_256x128_by_16"
-    assert gradient["grid"] == (8 * 8, 1, 1)
+    assert gradient["kernel"] == "block_sparse_linear_input_gradient_bf16_256x64_by_16"
+    assert gradient["grid"] == (8 * 16, 1, 1)
     for arithmetic, type in (("tf32", "tf32"), ("float16", "f16")):
-        assert f"_{type}_256x128" in tensor_core_plan(arithmetic=arithmetic)["kernel"]
+        assert f"_{type}_256x64" in tensor_core_plan(arithmetic=arithmetic)["kernel"]
 
 
 def test_small_tiles_where_large_ones_leave_half_the_multiprocessors_idle() -> None:
-    small = tensor_core_plan(samples=512)
+    small = tensor_core_plan(samples=512, multiprocessors=129)
     assert small["kernel"] == "block_sparse_linear_bf16_64x64_by_16"
     assert small["grid"] == (8 * 32, 1, 1)
     assert small["block"] == (128, 1, 1)
     assert small["shared_bytes"] == 40 * 1024
-    assert tensor_core_plan(samples=512, multiprocessors=65)["grid"] == (8 * 32, 1, 1)
-    assert tensor_core_plan(samples=512, multiprocessors=64)["grid"] == (2 * 16, 1, 1)
+    assert tensor_core_plan(samples=512, multiprocessors=128)["grid"] == (2 * 32, 1, 1)
     # The last tile counts for as much as it holds.
-    assert "64x64" in tensor_core_plan(samples=511, multiprocessors=64)["kernel"]
+    assert "64x64" in tensor_core_plan(samples=511, multiprocessors=128)["kernel"]
 
 
 def test_small_tiles_where_large_ones_would_be_half_empty() -> None:
     assert "64x64" in tensor_core_plan(samples=128, multiprocessors=1)["kernel"]
-    assert "256x128" in tensor_core_plan(samples=129, multiprocessors=1)["kernel"]
+    assert "256x64" in tensor_core_plan(samples=129, multiprocessors=1)["kernel"]
 
 
 @pytest.mark.parametrize("input_gradient", [False, True])
 def test_inputs_that_are_not_aligned_have_kernels_of_their_own(input_gradient: bool) -> None:
-    for samples in (1, 16, 17, 4096):
+    for samples in (1, 16, 129, 4096):
         tile = "few_samples" if samples <= 16 else "64x64_by_16"
         narrow = tensor_core_plan(samples=samples, aligned_input=False, input_gradient=input_gradient)
         assert narrow["kernel"].endswith(f"bf16_{tile}_narrow")
@@ -125,7 +124,11 @@ def test_few_samples_have_a_kernel_of_their_own() -> None:
     assert few["grid"] == (128, 1, 1)
     assert few["block"] == (256, 1, 1)
     assert tensor_core_plan(samples=0)["grid"] == (0, 1, 1)
-    assert "few_samples" not in tensor_core_plan(samples=17)["kernel"]
+    assert tensor_core_plan(samples=64)["grid"] == (4 * 128, 1, 1)
+    for side, most in ((16, 128), (48, 128), (32, 64), (96, 64), (64, 32), (128, 32)):
+        for sides in ({"rows": side}, {"cols": side, "input_gradient": True}):
+            assert "few_samples" in tensor_core_plan(samples=most, **sides)["kernel"]
+            assert "64x64" in tensor_core_plan(samples=most + 1, multiprocessors=10**6, **sides)["kernel"]
 
 
 @pytest.mark.parametrize(
@@ -143,7 +146,7 @@ def test_what_tensor_cores_do_not_take(unfit: dict[str, object]) -> None:
 
 
 def test_tensor_cores_take_as_many_weights_as_offsets_of_32_bits_reach() -> None:
-    assert "256x128" in tensor_core_plan(kept=2**23)["kernel"]
+    assert "256x64" in tensor_core_plan(kept=2**23)["kernel"]
 
 
 def test_an_unknown_arithmetic_is_named() -> None:

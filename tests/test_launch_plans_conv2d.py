@@ -74,17 +74,17 @@ def test_samples_are_positions_of_the_output() -> None:
 
 def test_tensor_cores_take_the_tiles_of_the_linear() -> None:
     plan = forward(arithmetic="bfloat16")
-    assert launch(plan) == ("block_sparse_conv2d_bf16_256x128_by_16", (98, 1, 1), (256, 1, 1), 72 * 1024)
+    assert launch(plan) == ("block_sparse_conv2d_bf16_256x64_by_16", (196, 1, 1), (256, 1, 1), 80 * 1024)
     for rows, strip in ((32, 32), (48, 16), (64, 64), (128, 64)):
         assert (
-            forward(arithmetic="tf32", rows=rows)["kernel"] == f"block_sparse_conv2d_tf32_256x128_by_{strip}"
+            forward(arithmetic="tf32", rows=rows)["kernel"] == f"block_sparse_conv2d_tf32_256x64_by_{strip}"
         )
     small = forward(arithmetic="float16", images=1, height=14, width=14)
     assert launch(small) == ("block_sparse_conv2d_f16_64x64_by_16", (4 * 2, 1, 1), (128, 1, 1), 40 * 1024)
     # As many as one: few positions have no kernel of their own.
     assert "64x64" in forward(arithmetic="float16", images=1, height=1, width=1)["kernel"]
     back = gradient(arithmetic="bfloat16")
-    assert launch(back)[:2] == ("block_sparse_conv2d_input_gradient_bf16_256x128_by_16", (98, 1, 1))
+    assert launch(back)[:2] == ("block_sparse_conv2d_input_gradient_bf16_256x64_by_16", (196, 1, 1))
 
 
 def test_channels_of_a_group_that_are_no_whole_chunks_are_narrow() -> None:
@@ -96,7 +96,7 @@ def test_channels_of_a_group_that_are_no_whole_chunks_are_narrow() -> None:
         assert plan["kernel"].endswith("_64x64_by_16_narrow") is narrow, (channels, groups, arithmetic)
     assert forward(arithmetic="float16", aligned_input=False)["kernel"].endswith("narrow")
     # The gradient reads the output's channels.
-    assert gradient(in_channels=60, arithmetic="float16")["kernel"].endswith("256x128_by_16")
+    assert gradient(in_channels=60, arithmetic="float16")["kernel"].endswith("256x64_by_16")
     assert gradient(out_channels=60, arithmetic="float16")["kernel"].endswith("narrow")
 
 

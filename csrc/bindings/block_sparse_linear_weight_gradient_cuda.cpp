@@ -8,10 +8,11 @@ namespace {
 
 constexpr const char* kOp = "block_sparse_linear_weight_gradient";
 
+// Whether each row begins and ends at a multiple of 16 bytes.
 bool has_aligned_rows(const Tensor& matrix) {
+  const int64_t row_stride = matrix.size(0) > 1 ? matrix.stride(0) : 0;
   return begins_aligned(matrix) &&
-         (matrix.size(0) <= 1 ||
-          matrix.stride(0) * static_cast<int64_t>(matrix.element_size()) % 16 == 0);
+         (row_stride | matrix.size(1)) * static_cast<int64_t>(matrix.element_size()) % 16 == 0;
 }
 
 template <class T>

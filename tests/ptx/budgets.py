@@ -29,7 +29,7 @@ class Budget:
 # Patterns of kernel names; the first that matches counts.
 BUDGETS = {
     # One thread block of eight warps fills a multiprocessor whatever it uses.
-    "block_sparse_linear_*_256x128_by_*": Budget(224, 0, 73_728),
+    "block_sparse_linear_*_256x64_by_*": Budget(128, 0, 81_920),
     "block_sparse_linear_*_64x64_by_16*": Budget(112, 0, 40_960),
     "block_sparse_linear_*_few_samples*": Budget(72, 0, 49_152),
     "block_sparse_linear_weight_gradient_sum_*": Budget(32, 0),
@@ -42,7 +42,7 @@ BUDGETS = {
     # Any block, plain multiply-adds.
     "block_sparse_linear_*": Budget(72, 10_752),
     # As the linear ones; the place of each sample's pixel takes 1 KiB more in the plain kernels.
-    "block_sparse_conv2d_*_256x128_by_*": Budget(224, 0, 73_728),
+    "block_sparse_conv2d_*_256x64_by_*": Budget(128, 0, 81_920),
     "block_sparse_conv2d_*_64x64_by_16*": Budget(112, 0, 40_960),
     "block_sparse_conv2d_f??": Budget(72, 11_776),
     "block_sparse_conv2d_bf16": Budget(72, 11_776),

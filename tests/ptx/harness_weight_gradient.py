@@ -44,7 +44,8 @@ def operand(matrix: np.ndarray, name: str, offset: int) -> tuple[tuple, bool]:
     )
     view[...] = bits
     pointer = harness._ptxsim().In(memory, name, misalign=offset * bits.itemsize) if memory.size else None
-    aligned = offset * bits.itemsize % 16 == 0 and (rows <= 1 or stride * bits.itemsize % 16 == 0)
+    ends = offset | cols | (stride if rows > 1 else 0)
+    aligned = ends * bits.itemsize % 16 == 0
     return (pointer, np.int64(rows), np.int64(cols), np.int64(stride)), aligned
 
 

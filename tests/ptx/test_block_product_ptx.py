@@ -17,15 +17,16 @@ pytestmark = pytest.mark.skipif(
 )
 FULL_SWEEP = harness.FULL_SWEEP
 
-# Multiprocessors that make the plan take, from 129 samples on, tiles of 256 x 128, or of 64 x 64.
+# Multiprocessors that make the plan take, from 129 samples on, tiles of 256 x 64, or of 64 x 64.
 LARGE, SMALL = 1, 10**6
-# One below, at and above the rows of a fragment, of a warp and of a tile, and the few samples.
+# One below, at and above the rows of a fragment, of a warp and of a tile. Blocks of 16 outputs have the
+# kernel of few samples up to 128, those of 64 up to 32.
 SAMPLES = [1, 2, 7, 8, 9, 15, 16, 17, 31, 32, 33, 47, 48, 49, 63, 64, 65, 127, 128, 129]
 LARGE_SAMPLES = [129, 143, 144, 145, 159, 160, 161, 191, 192, 193, 223, 224, 225, 255, 256, 257]
 SIDES = [16, 32, 48, 64, 80, 96, 112, 128]
 ARITHMETICS = ["float16", "bfloat16", "tf32"]
 TILES = ["few_samples", "few_samples_narrow", "64x64_by_16", "64x64_by_16_narrow"]
-TILES += [f"256x128_by_{strip}" for strip in (16, 32, 64)]
+TILES += [f"256x64_by_{strip}" for strip in (16, 32, 64)]
 
 
 def sized(inputs: int, outputs: int, input_gradient: bool = False, **options) -> Case:
@@ -39,7 +40,7 @@ def kernel_cases(**options) -> list[Case]:
     return [
         *(sized(inputs, 91, samples=16, rows=32, cols=48, **options) for inputs in (151, 152)),
         *(
-            sized(inputs, 131, samples=70, rows=32, cols=16, multiprocessors=SMALL, **options)
+            sized(inputs, 131, samples=133, rows=32, cols=16, multiprocessors=SMALL, **options)
             for inputs in (127, 136)
         ),
         sized(72, 129, samples=129, **options),
@@ -55,7 +56,11 @@ EDGES = [
         for arithmetic, input_gradient in itertools.product(ARITHMETICS, (False, True))
         for case in kernel_cases(arithmetic=arithmetic, input_gradient=input_gradient)
     ),
-    *(Case(samples=samples, arithmetic="bfloat16", multiprocessors=SMALL) for samples in SAMPLES),
+    *(
+        Case(samples=samples, rows=rows, arithmetic="bfloat16", multiprocessors=SMALL)
+        for samples in SAMPLES
+        for rows in (16, 64)
+    ),
     *(Case(samples=samples, arithmetic="float16", out_features=129) for samples in LARGE_SAMPLES),
     *(
         replace(case, arithmetic="bfloat16", samples=130, input_gradient=input_gradient)
@@ -151,13 +156,13 @@ def test_bits_depend_neither_on_the_tile_nor_on_the_other_samples(arithmetic, in
     large, _ = case.run(arguments)
     small, _ = case.run(arguments, multiprocessors=SMALL)
     assert large.tobytes() == small.tobytes()
-    part = {**arguments, "input": arguments["input"][100:117]}
-    assert case.run(part)[0].tobytes() == large[100:117].tobytes()
+    part = {**arguments, "input": arguments["input"][100:137]}
+    assert case.run(part)[0].tobytes() == large[100:137].tobytes()
     few = [
-        case.run({**arguments, "input": arguments["input"][i:j]})[0] for i, j in ((0, 16), (3, 4), (1, 10))
+        case.run({**arguments, "input": arguments["input"][i:j]})[0] for i, j in ((0, 32), (3, 4), (11, 30))
     ]
     assert few[1].tobytes() == few[0][3:4].tobytes()
-    assert few[2].tobytes() == few[0][1:10].tobytes()
+    assert few[2].tobytes() == few[0][11:30].tobytes()
 
 
 @pytest.mark.parametrize("samples", [3, 40])
@@ -206,11 +211,11 @@ def mutant_cases(arithmetic: str, input_gradient: bool, tile: str) -> list[Case]
     # first or second of a stage; the other kernels have whole chunks alone.
     chunk = 1 if odd else 4 if arithmetic == "tf32" else 8
     ring = 256 if arithmetic == "tf32" else 640  # columns, of all warps for few samples
-    lasts = [(17, 32), (17, 256), (9, 16), (9, ring + 16)]
+    lasts = [(129, 32), (129, 256), (9, 16), (9, ring + 16)]
     cases = [
         *(
             case
-            for samples, width in ((70, 232), (15, 704))
+            for samples, width in ((134, 232), (27, 704))
             for case in (
                 call(width + odd, 72, samples=samples, activation="relu"),
                 call(width - 8 - odd, 62, samples=samples - 5, rows=32, cols=48, bias=False),
@@ -226,10 +231,10 @@ def mutant_cases(arithmetic: str, input_gradient: bool, tile: str) -> list[Case]
         ),
         # Blocks that begin in any slot of a stage, and strips that end before their neighbours.
         *(
-            call(6 * steps + odd, 64, samples=20, cols=cols, rows=rows, density=0.4, seed=seed)
+            call(6 * steps + odd, 64, samples=samples, cols=cols, rows=rows, density=0.4, seed=seed)
             for steps in (16, 32, 48, 64, 80)
             for rows, cols in [(steps, 16) if input_gradient else (16, steps)]
-            for seed in range(3)
+            for seed, samples in ((0, 129), (1, 129), (2, 129), (3, 20))
         ),
         # More slots than the rings of all warps hold, also of blocks whose slots do not divide eight.
         call(1600 + odd, 16, samples=15, density=1.0),

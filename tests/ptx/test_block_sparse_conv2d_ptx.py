@@ -16,10 +16,10 @@ pytestmark = pytest.mark.skipif(
 )
 FULL_SWEEP = harness.FULL_SWEEP
 
-# Multiprocessors that make the plan take, from 129 positions on, tiles of 256 x 128.
+# Multiprocessors that make the plan take, from 129 positions on, tiles of 256 x 64.
 LARGE = 1
 ARITHMETICS = ["float16", "bfloat16", "tf32"]
-TILES = ["64x64_by_16", "64x64_by_16_narrow", "256x128_by_16", "256x128_by_32", "256x128_by_64"]
+TILES = ["64x64_by_16", "64x64_by_16_narrow", "256x64_by_16", "256x64_by_32", "256x64_by_64"]
 # One pixel, one row, fewer and more than a warp's positions, a whole tile of 64, and more.
 IMAGES = [(1, 1), (1, 7), (5, 3), (8, 8), (9, 9)]
 

@@ -40,7 +40,6 @@ class Case:
     cols: int = 16
     density: float = 0.6
     row_gap: int = 0  # elements between the rows of both operands
-    aligned: bool = False  # rows that begin at multiples of 8 elements
     poisoned: bool = False  # every operand is NaN, and every gradient but its padding
     offset: int = 0  # of both operands, after a multiple of 16 bytes
     seed: int = 0
@@ -50,8 +49,9 @@ class Case:
         return "-".join(f"{f.name}={getattr(self, f.name)}" for f in unusual) or "usual"
 
     def operand(self, rng: np.random.Generator, features: int) -> np.ndarray:
-        stride = features + self.row_gap + (-(features + self.row_gap) % 8 if self.aligned else 0)
-        dense = rng.standard_normal((self.samples, stride)) + (np.nan if self.poisoned else 0)
+        dense = rng.standard_normal((self.samples, features + self.row_gap)) + (
+            np.nan if self.poisoned else 0
+        )
         return convert(dense, self.kind)[:, :features]
 
     def arguments(self) -> dict:
@@ -105,10 +105,11 @@ def run(case: Case, **options) -> tuple[np.ndarray, list[str], dict]:
 
 
 def with_blocks(kind: str, rows: int, cols: int, **sizes: int) -> list[Case]:
-    """Two block rows and three block columns, once whole and once ragged, which is narrow too."""
+    """Two block rows and three block columns: whole, ragged, which is narrow too, and ragged in whole chunks."""
     whole = Case(kind=kind, rows=rows, cols=cols, out_features=2 * rows, in_features=3 * cols, **sizes)
     ragged = {"out_features": 2 * rows - rows // 2 - 1, "in_features": 3 * cols - cols // 2 - cols % 2}
-    return [whole, replace(whole, **ragged), replace(whole, **ragged, aligned=True)]
+    chunks = {name: size + -size % 8 for name, size in ragged.items()}
+    return [whole, replace(whole, **ragged), replace(whole, **chunks, row_gap=8)]
 
 
 # One below, at and above a fragment, a stage (16 of float32, 32 of 16 bits), the stages that are
@@ -236,13 +237,15 @@ def mutant_cases(kind: str, *, narrow: bool = False) -> list[Case]:
     rows, cols = (13, 5) if kind == "f32" else (16, 16)
     stage = 32 if kind in ("bf16", "f16") else 16
     one = Case(kind=kind, rows=rows, cols=cols, out_features=rows, in_features=cols, density=1.0)
-    one = replace(one, aligned=not narrow, offset=1 if narrow else 0)
+    one = replace(one, offset=1 if narrow else 0)
+    # Rows end with a whole chunk of 16 bytes, or anywhere.
+    chunk = 1 if narrow or kind == "f32" else 4 if kind == "tf32" else 8
     ends = [stage * step + stage * eighth // 8 for step in range(5) for eighth in (1, 3, 5, 7)]
     edges = [(35, 6), (41, 7), (52, 14), (62, 15), (35, 12), (35, 13)]
     if kind == "f32":
         ends = list(range(1, 33))
         edges = [(21 + row, row) for row in range(1, 13)]
-    return [
+    cases = [
         replace(one, samples=4 * stage + 1, in_features=9 * cols - 1, out_features=2 * rows - 1, density=0.7),
         replace(one, samples=513, in_features=2 * cols - 7 % cols, out_features=2 * rows - 2),
         *(replace(one, samples=samples) for samples in (0, *ends)),
@@ -263,6 +266,14 @@ def mutant_cases(kind: str, *, narrow: bool = False) -> list[Case]:
         ),
         replace(one, samples=3, in_features=25 * cols + 3, out_features=2 * rows - 5),
         replace(one, samples=3, in_features=2 * cols, out_features=35 * rows, density=0.5),
+    ]
+    return [
+        replace(
+            case,
+            in_features=case.in_features + -case.in_features % chunk,
+            out_features=case.out_features + -case.out_features % chunk,
+        )
+        for case in cases
     ]
 
 

@@ -127,12 +127,15 @@ class TileProduct {
   static constexpr int kRowsAtOnce = Tile::kThreads / Steps::kChunks;
   static constexpr int kStepsAtOnce = Tile::kThreads / Outputs::kChunks;
   static constexpr int kInputCopies = kSamples / kRowsAtOnce;
-  static constexpr int kWeightCopies =
-      kStepsTogether ? kOutputs / kRowsAtOnce : kSlotSteps / kStepsAtOnce;
+  // Of the rows, or steps, of a slot's weights, which may be fewer than all threads copy at once.
+  static constexpr int kWeightRows = kStepsTogether ? kOutputs : kSlotSteps;
+  static constexpr int kWeightRowsAtOnce = kStepsTogether ? kRowsAtOnce : kStepsAtOnce;
+  static constexpr int kThreadsOfWeightRow = Tile::kThreads / kWeightRowsAtOnce;
+  static constexpr int kWeightCopies = (kWeightRows + kWeightRowsAtOnce - 1) / kWeightRowsAtOnce;
   static constexpr int kWeightAddresses =
       kStepsTogether ? kSlotProducts<T> : Outputs::kSwizzled / 16;
   static_assert(kRowsAtOnce % 8 == 0 && kStepsAtOnce % 8 == 0, "copies are swizzled alike");
-  static_assert(kInputCopies * kRowsAtOnce == kSamples && kWeightCopies > 0);
+  static_assert(kInputCopies * kRowsAtOnce == kSamples);
   using Inputs = InputRows<Args, T, kInputCopies, kAligned>;
   using Place = typename Inputs::Place;
 
@@ -186,7 +189,11 @@ class TileProduct {
       offset += walk_.block(strip) * block_elements_;
       int valid = columns > 0 ? 16 : 0;
       if constexpr (kStepsTogether && !kAligned) valid = valid_in_chunk<T>(columns) * sizeof(T);
-      copy_async_where(mask >> strip & 1, target, args_.weight.values + offset, valid);
+      bool wanted = mask >> strip & 1;
+      if constexpr (kWeightRowsAtOnce > kWeightRows) {
+        wanted &= thread_ < kWeightRows * kThreadsOfWeightRow;
+      }
+      copy_async_where(wanted, target, args_.weight.values + offset, valid);
     }
   }
 

@@ -23,10 +23,11 @@
   FASTPRUNE_FEW_SAMPLES_KERNEL(name##_few_samples_narrow, T, kStepsTogether, false)        \
   FASTPRUNE_TILE_KERNEL(name##_64x64_by_16, T, SmallTile, kStepsTogether, true, 4)         \
   FASTPRUNE_TILE_KERNEL(name##_64x64_by_16_narrow, T, SmallTile, kStepsTogether, false, 4) \
-  FASTPRUNE_TILE_KERNEL(name##_256x128_by_16, T, LargeTile<16>, kStepsTogether, true, 1)   \
-  FASTPRUNE_TILE_KERNEL(name##_256x128_by_32, T, LargeTile<32>, kStepsTogether, true, 1)   \
-  FASTPRUNE_TILE_KERNEL(name##_256x128_by_64, T, LargeTile<64>, kStepsTogether, true, 1)   \
-  constexpr void (*name##_kernels[])(BlockProductArgs<T>) = {                              \
-      name##_few_samples,        name##_few_samples_narrow, name##_64x64_by_16,            \
-      name##_64x64_by_16_narrow, name##_256x128_by_16,      name##_256x128_by_32,          \
-      name##_256x128_by_64};
+  FASTPRUNE_TILE_KERNEL(name##_256x64_by_16, T, LargeTile<16>, kStepsTogether, true, 2)    \
+  FASTPRUNE_TILE_KERNEL(name##_256x64_by_32, T, LargeTile<32>, kStepsTogether, true, 2)    \
+  FASTPRUNE_TILE_KERNEL(name##_256x64_by_64, T, LargeTile<64>, kStepsTogether, true, 2)    \
+  constexpr void (*name##_kernels[])(                                                      \
+      BlockProductArgs<T>) = {name##_few_samples,  name##_few_samples_narrow,              \
+                              name##_64x64_by_16,  name##_64x64_by_16_narrow,              \
+                              name##_256x64_by_16, name##_256x64_by_32,                    \
+                              name##_256x64_by_64};

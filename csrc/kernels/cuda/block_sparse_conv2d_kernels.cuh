@@ -13,12 +13,12 @@
   }
 
 // All kernels of one direction, and name##_kernels, which holds them in the order of LinearTile.
-#define FASTPRUNE_CONVOLUTION_KERNELS(name, T, kStepsTogether)                                   \
-  FASTPRUNE_CONVOLUTION_TILE(name##_64x64_by_16, T, SmallTile, kStepsTogether, true, 4)          \
-  FASTPRUNE_CONVOLUTION_TILE(name##_64x64_by_16_narrow, T, SmallTile, kStepsTogether, false, 4)  \
-  FASTPRUNE_CONVOLUTION_TILE(name##_256x128_by_16, T, LargeTile<16>, kStepsTogether, true, 1)    \
-  FASTPRUNE_CONVOLUTION_TILE(name##_256x128_by_32, T, LargeTile<32>, kStepsTogether, true, 1)    \
-  FASTPRUNE_CONVOLUTION_TILE(name##_256x128_by_64, T, LargeTile<64>, kStepsTogether, true, 1)    \
-  constexpr void (*name##_kernels[])(ConvolutionProductArgs<T>) = {                              \
-      name##_64x64_by_16, name##_64x64_by_16_narrow, name##_256x128_by_16, name##_256x128_by_32, \
-      name##_256x128_by_64};
+#define FASTPRUNE_CONVOLUTION_KERNELS(name, T, kStepsTogether)                                  \
+  FASTPRUNE_CONVOLUTION_TILE(name##_64x64_by_16, T, SmallTile, kStepsTogether, true, 4)         \
+  FASTPRUNE_CONVOLUTION_TILE(name##_64x64_by_16_narrow, T, SmallTile, kStepsTogether, false, 4) \
+  FASTPRUNE_CONVOLUTION_TILE(name##_256x64_by_16, T, LargeTile<16>, kStepsTogether, true, 2)    \
+  FASTPRUNE_CONVOLUTION_TILE(name##_256x64_by_32, T, LargeTile<32>, kStepsTogether, true, 2)    \
+  FASTPRUNE_CONVOLUTION_TILE(name##_256x64_by_64, T, LargeTile<64>, kStepsTogether, true, 2)    \
+  constexpr void (*name##_kernels[])(ConvolutionProductArgs<T>) = {                             \
+      name##_64x64_by_16, name##_64x64_by_16_narrow, name##_256x64_by_16, name##_256x64_by_32,  \
+      name##_256x64_by_64};

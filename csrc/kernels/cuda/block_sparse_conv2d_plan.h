@@ -29,9 +29,9 @@ struct ConvolutionPlan {
   PositionGeometry output;
 };
 
-#define FASTPRUNE_CONVOLUTION_NAMES(prefix)                                      \
-  {prefix "_64x64_by_16", prefix "_64x64_by_16_narrow", prefix "_256x128_by_16", \
-   prefix "_256x128_by_32", prefix "_256x128_by_64"}
+#define FASTPRUNE_CONVOLUTION_NAMES(prefix)                                     \
+  {prefix "_64x64_by_16", prefix "_64x64_by_16_narrow", prefix "_256x64_by_16", \
+   prefix "_256x64_by_32", prefix "_256x64_by_64"}
 
 // By arithmetic (from kTf32 on), direction and tile (from k64x64By16 on).
 constexpr const char* kConvolutionKernels[3][2][5] = {

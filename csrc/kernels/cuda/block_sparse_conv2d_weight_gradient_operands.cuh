@@ -79,12 +79,7 @@ struct ImageInput {
         const bool exists =
             walk.is_inside(args.positions, (this->sample + s < samples) & (this->elements > 0));
         const T* from = at_pixel(args, data, walk.pixel);
-        if constexpr (kAligned) {
-          // A chunk exists whole or not at all.
-          copy_async<16>(to + s * Base::kChunks, from, exists ? 16 : 0);
-        } else {
-          Base::copy_chunk(to + s * Base::kChunks, from, exists ? this->elements : 0);
-        }
+        Base::copy_chunk(to + s * Base::kChunks, from, exists ? this->elements : 0);
         walk.advance(args.positions);
       }
     }

@@ -20,9 +20,9 @@ enum class LinearTile : int32_t {
   kFewSamplesNarrow,
   k64x64By16,
   k64x64By16Narrow,
-  k256x128By16,
-  k256x128By32,
-  k256x128By64,
+  k256x64By16,
+  k256x64By32,
+  k256x64By64,
   kAny
 };
 
@@ -61,10 +61,12 @@ struct TileShape {
   static constexpr int kSharedBytes = stages * (samples + outputs) * kTileRowBytes;
 };
 
-// Large: 256 samples share the weights that are read for them, and 128 outputs the inputs; more
-// sums do not fit the registers. Small: four of them on a multiprocessor, stages that hide latency.
+// Large: 256 samples share the weights that are read for them, and 64 outputs the inputs; two of
+// them on a multiprocessor, since eight warps alone wait for one another (twice as many outputs in
+// one thread block took 1.2 times as long on an H200). Small: four of them on a multiprocessor,
+// stages that hide latency.
 template <int strip>
-using LargeTile = TileShape<256, 128, strip, 8, 3>;
+using LargeTile = TileShape<256, 64, strip, 8, 4>;
 using SmallTile = TileShape<64, 64, 16, 4, 5>;
 
 // few_samples.cuh
@@ -73,10 +75,10 @@ constexpr int kFewOutputs = 16;
 constexpr int kFewWarps = 8;
 constexpr int kFewRingBytes = 6144;  // of each warp
 
-#define FASTPRUNE_TILE_NAMES(prefix)                                                    \
-  {prefix "_few_samples",        prefix "_few_samples_narrow", prefix "_64x64_by_16",   \
-   prefix "_64x64_by_16_narrow", prefix "_256x128_by_16",      prefix "_256x128_by_32", \
-   prefix "_256x128_by_64"}
+#define FASTPRUNE_TILE_NAMES(prefix)                                                   \
+  {prefix "_few_samples",        prefix "_few_samples_narrow", prefix "_64x64_by_16",  \
+   prefix "_64x64_by_16_narrow", prefix "_256x64_by_16",       prefix "_256x64_by_32", \
+   prefix "_256x64_by_64"}
 
 // By arithmetic (from kTf32 on), direction and tile.
 constexpr const char* kTileKernels[3][2][7] = {
@@ -126,6 +128,14 @@ inline bool tensor_cores_serve(const BlockProductShape& shape) {
          shape.kept <= kMaxWeights / (shape.block_outputs * shape.block_steps);
 }
 
+// Up to how many samples the kernel of few of them is the fastest, several thread blocks for each
+// strip of outputs: it keeps all multiprocessors busy, but each strip reads all inputs, which wide
+// blocks share in the other tiles. Measured on an H200, 4096 x 4096, 50 to 90 % (benchmarks/
+// gpu_benchmark.py).
+constexpr int64_t most_few_samples(const BlockProductShape& shape) {
+  return shape.block_outputs % 64 == 0 ? 32 : shape.block_outputs % 32 == 0 ? 64 : 128;
+}
+
 // The tile of more than a few samples. Small tiles, of the same bits, where large ones would leave
 // half of the multiprocessors idle or hold samples that do not exist instead; and for narrow
 // inputs, which are slow for another reason.
@@ -138,14 +148,14 @@ inline LinearTile tile_of_many(const BlockProductShape& shape) {
       shape.samples / kHalf < tiles_of(shape.multiprocessors, std::max<int64_t>(output_tiles, 1))) {
     return LinearTile::k64x64By16;
   }
-  return shape.block_outputs % 64 == 0   ? LinearTile::k256x128By64
-         : shape.block_outputs % 32 == 0 ? LinearTile::k256x128By32
-                                         : LinearTile::k256x128By16;
+  return shape.block_outputs % 64 == 0   ? LinearTile::k256x64By64
+         : shape.block_outputs % 32 == 0 ? LinearTile::k256x64By32
+                                         : LinearTile::k256x64By16;
 }
 
 inline bool is_large(LinearTile tile) {
-  return tile == LinearTile::k256x128By16 || tile == LinearTile::k256x128By32 ||
-         tile == LinearTile::k256x128By64;
+  return tile == LinearTile::k256x64By16 || tile == LinearTile::k256x64By32 ||
+         tile == LinearTile::k256x64By64;
 }
 
 // How one of these tiles is launched.
@@ -178,10 +188,11 @@ inline std::optional<BlockProductPlan> plan_block_product(const BlockProductShap
     return kTileKernels[static_cast<int>(arithmetic) - 1][shape.input_gradient]
                        [static_cast<int>(tile)];
   };
-  if (shape.samples <= kFewSamples) {
+  if (shape.samples <= most_few_samples(shape)) {
     const LinearTile tile =
         shape.aligned_inputs ? LinearTile::kFewSamples : LinearTile::kFewSamplesNarrow;
-    const auto grid = thread_blocks(shape.samples > 0, tiles_of(shape.outputs, kFewOutputs));
+    const auto grid =
+        thread_blocks(tiles_of(shape.samples, kFewSamples), tiles_of(shape.outputs, kFewOutputs));
     if (!grid) return std::nullopt;
     return BlockProductPlan{
         {kernel(tile), {*grid, 1, 1}, {32 * kFewWarps, 1, 1}, kFewWarps * kFewRingBytes}, tile};

@@ -63,7 +63,8 @@ struct OperandCopies {
 
   __device__ __forceinline__ static void copy_chunk(uint4* to, const T* from, int valid) {
     if constexpr (kAligned) {
-      copy_async<16>(to, from, valid * static_cast<int>(sizeof(T)));
+      // A chunk exists whole or not at all.
+      copy_async<16>(to, from, valid > 0 ? 16 : 0);
     } else if constexpr (sizeof(T) == 4) {
 #pragma unroll
       for (int i = 0; i < kElements; ++i) {

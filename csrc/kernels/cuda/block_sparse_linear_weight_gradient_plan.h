@@ -90,9 +90,10 @@ constexpr bool takes_tensor_cores(int64_t rows, int64_t cols, WeightGradientType
   return rows % 16 == 0 && cols % 16 == 0 && (type != WeightGradientType::kFloat32 || allow_tf32);
 }
 
-// `aligned`: every row of both operands begins at a multiple of 16 bytes. Nothing where a size is
-// out of range or a grid cannot hold the thread blocks. A grid of 0 thread blocks means an empty
-// result, and must not be launched. `kernels` multiply; the sum of slices is the same for all.
+// `aligned`: every row of both operands begins and ends at a multiple of 16 bytes. Nothing where a
+// size is out of range or a grid cannot hold the thread blocks. A grid of 0 thread blocks means an
+// empty result, and must not be launched. `kernels` multiply; the sum of slices is the same for
+// all.
 inline std::optional<BlockSparseLinearWeightGradientPlan>
 plan_block_sparse_linear_weight_gradient_cuda(
     const BlockSparseLinearWeightGradientShape& shape, WeightGradientType type, bool allow_tf32,

@@ -22,7 +22,9 @@ class FewSamplesProduct {
         lane_(static_cast<int>(threadIdx.x) % 32),
         warp_(static_cast<int>(threadIdx.x) / 32),
         ring_(shared_address(shared_memory()) + warp_ * kFewRingBytes),
-        first_output_(blockIdx.x * kFewOutputs),
+        // Neighbouring thread blocks share their weights, which are read from memory once.
+        first_output_(blockIdx.x / sample_tiles() * kFewOutputs),
+        first_sample_(int64_t{blockIdx.x % sample_tiles()} * kFewSamples),
         block_slots_(static_cast<int>(args.weight.steps) / kSlotSteps),
         block_elements_(static_cast<uint32_t>(args.weight.outputs * args.weight.steps)) {
     const auto outputs = static_cast<uint32_t>(args.weight.outputs);
@@ -37,7 +39,7 @@ class FewSamplesProduct {
     for (int i = 0; i < kCopies; ++i) {
       const uint32_t row = lane_ / Steps::kChunks + i * kRowsAtOnce;
       // Samples that do not exist repeat the last one, and are never stored.
-      const int64_t sample = min(args.input.rows - 1, int64_t{row});
+      const int64_t sample = min(args.input.rows - 1, first_sample_ + row);
       input_[i] = args.input.data + sample * args.input.row_stride + chunk * kChunkElements<T>;
       const uint32_t output = first_output_ % outputs;
       weight_offset_[i] =
@@ -81,6 +83,10 @@ class FewSamplesProduct {
   static constexpr int kPlaceBytes = 2 * kInputBytes;
   static constexpr int kPlaces = kFewRingBytes / kPlaceBytes;
   static_assert(kPlaces >= 3);
+
+  __device__ __forceinline__ uint32_t sample_tiles() const {
+    return static_cast<uint32_t>((args_.input.rows + kFewSamples - 1) / kFewSamples);
+  }
 
   // The source of the next slot is read one slot ahead.
   __device__ __forceinline__ void fetch() {
@@ -153,13 +159,13 @@ class FewSamplesProduct {
     write_sums<kApart>(memory + warp_ * kWarpSums, kRow, sums_[0], sums_[1], lane_);
     __syncthreads();
     const int thread = static_cast<int>(threadIdx.x);
-    const int sample = thread / kFewOutputs, column = thread % kFewOutputs;
-    const int64_t output = int64_t{first_output_} + column;
+    const int row = thread / kFewOutputs, column = thread % kFewOutputs;
+    const int64_t sample = first_sample_ + row, output = int64_t{first_output_} + column;
     if (sample >= args_.output.rows || output >= args_.output.cols) return;
     float sum = 0.0f;
 #pragma unroll
     for (int warp = 0; warp < kFewWarps; ++warp) {
-      sum += memory[warp * kWarpSums + sample * kRow + column];
+      sum += memory[warp * kWarpSums + row * kRow + column];
     }
     if (args_.bias) sum += to_float(args_.bias[output]);
     args_.output.data[sample * args_.output.row_stride + output] =
@@ -170,6 +176,7 @@ class FewSamplesProduct {
   int lane_, warp_;
   uint32_t ring_;
   uint32_t first_output_;
+  int64_t first_sample_;
   int block_slots_;
   uint32_t block_elements_;
   int slots_;            // of the strip
