@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 import fastprune as fp
-from fastprune.modules import clear_layer_seconds
+from fastprune.modules import block_sizes, clear_layer_seconds
 from fastprune.modules.block_sizes import block_sizes_for
 from fastprune.modules.formats import Form
 
@@ -48,6 +48,14 @@ def test_blocks_are_those_of_the_mask(granularity, size):
     assert model[0].blocksize == size
     assert "sparse: policy='always', blocks of {}x{}".format(*size) in fp.explain(model)
     torch.testing.assert_close(model(x), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_on_cuda_large_blocks_run_at_the_higher_rate(monkeypatch):
+    monkeypatch.setattr(block_sizes, "_CPU_RATES", block_sizes._CUDA_RATES)
+    for side, first in ((128, (64, 64)), (64, (64, 64)), (32, (32, 32)), (16, (16, 16)), (8, (16, 16))):
+        torch.manual_seed(side)
+        mask = torch.rand(1024 // side, 1024 // side) < 0.1
+        assert block_sizes_for(mask.repeat_interleave(side, 0).repeat_interleave(side, 1))[0] == first
 
 
 def test_a_mask_without_gaps_takes_the_largest_blocks_and_an_empty_one_too():

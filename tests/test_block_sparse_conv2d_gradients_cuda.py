@@ -89,8 +89,11 @@ def assert_right(
     wanted, magnitude = gradient(*tensors), gradient(*(tensor.abs() for tensor in tensors))
     # A chain of float32 multiply-adds, operands rounded to tf32, and the rounding of the result.
     relative = (grad_output[:, 0].numel() + 2) * 2.0**-23 + (2.001 * 2.0**-11 if tf32 else 0)
-    rounding = 0.0 if output.dtype == torch.float32 else torch.finfo(output.dtype).eps / 2
-    bound = relative * magnitude + rounding * (1 + relative) * wanted.abs() + 1e-12
+    kind = torch.finfo(output.dtype)
+    rounding = 0.0 if output.dtype == torch.float32 else kind.eps / 2
+    # Below the smallest normal number, of float16 above all, what is rounded no longer shrinks.
+    subnormal = kind.smallest_normal * kind.eps / 2
+    bound = relative * magnitude + rounding * (1 + relative) * wanted.abs() + subnormal + 1e-12
     assert output.is_cuda
     assert output.dtype == grad_output.dtype
     assert output.shape == wanted.shape

@@ -84,7 +84,7 @@ def test_tensor_cores_take_the_tiles_of_the_linear() -> None:
     # As many as one: few positions have no kernel of their own.
     assert "64x64" in forward(arithmetic="float16", images=1, height=1, width=1)["kernel"]
     back = gradient(arithmetic="bfloat16")
-    assert launch(back)[:2] == ("block_sparse_conv2d_input_gradient_bf16_256x64_by_16", (196, 1, 1))
+    assert launch(back)[:2] == ("block_sparse_conv2d_input_gradient_bf16_256x64_by_16", (98, 1, 1))
 
 
 def test_channels_of_a_group_that_are_no_whole_chunks_are_narrow() -> None:

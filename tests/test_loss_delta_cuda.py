@@ -150,14 +150,18 @@ def test_scores_are_those_of_the_cpu_in_float64(name: str, targets: Literal["lab
     model = case.model()
     loader = case.loader()
     criterion = fp.criteria.LossDelta(targets)
-    options = {"criterion": criterion, "progress": False, "loss_fn": case.loss_fn, "include": case.layers}
+    options = {"criterion": criterion, "progress": False, "include": case.layers}
+    loss_fn = case.loss_fn
+    gpu_loss_fn = copy.deepcopy(loss_fn).cuda() if isinstance(loss_fn, torch.nn.Module) else loss_fn
     for granularity in case.granularities[:2]:
         exact_model = copy.deepcopy(model).double()
         exact_loader = [
             tuple(part.double() if part.is_floating_point() else part for part in batch) for batch in loader
         ]
-        wanted = fp.score(exact_model, exact_loader, granularity=granularity, **options)
-        scores = fp.score(copy.deepcopy(model).cuda(), loader, granularity=granularity, **options)
+        wanted = fp.score(exact_model, exact_loader, granularity=granularity, loss_fn=loss_fn, **options)
+        scores = fp.score(
+            copy.deepcopy(model).cuda(), loader, granularity=granularity, loss_fn=gpu_loss_fn, **options
+        )
         assert scores.loss == pytest.approx(wanted.loss, rel=1e-5)
         for layer in wanted:
             tolerance = 1e-4 * wanted[layer].abs() + 1e-6 * abs(wanted.loss)

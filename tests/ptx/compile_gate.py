@@ -69,13 +69,14 @@ class Kernel:
     def faults(self) -> list[str]:
         """Return why this kernel must not pass."""
         found = []
-        if self.spill_bytes:
-            found.append(f"spills {self.spill_bytes} bytes of registers")
-        if self.local_bytes:
-            found.append(f"keeps {self.local_bytes} bytes in local memory")
+        budget = budget_of(self.name)
+        spills = budget.spill_bytes if budget else 0
+        if self.spill_bytes > spills:
+            found.append(f"spills {self.spill_bytes} bytes of registers, its budget is {spills}")
+        if self.local_bytes > spills:
+            found.append(f"keeps {self.local_bytes} bytes in local memory, its budget is {spills}")
         if self.threads is None:
             found.append("has no __launch_bounds__")
-        budget = budget_of(self.name)
         if budget is None:
             return [*found, "has no entry in tests/ptx/budgets.py"]
         for what in ("registers", "static_shared_bytes"):

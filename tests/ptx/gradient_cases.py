@@ -44,6 +44,18 @@ BF16_COLUMNS = {("bound + 1", "if (column >= tile.columns) continue;"): 4}
 TF32_COLUMNS = {("bound + 1", "if (column >= tile.columns) continue;"): 6}
 
 
+def of_whole_chunks(kind: str, exists: str) -> dict[tuple[str, str], int]:
+    """Return the mutants that compute the same where features come in whole chunks of 16 bytes.
+
+    Columns but the first of a chunk, and the first of a block, are never the first of the padding, of which
+    the source line ``exists`` asks. Nor is the second row of a pair, nor the first where the pair is the
+    second of its chunk (tf32), or the first of the block (16 bits) unless its whole column is padding.
+    """
+    store = "store_pair(values + row, row < filled ? first : 0.0f, row + 1 < filled ? second : 0.0f);"
+    columns, rows = {"bf16": (4, 16 + 4), "tf32": (6, 16 + 8)}[kind]
+    return {("bound + 1", exists): columns, ("bound + 1", store): rows}
+
+
 def unnoticed_mutants(
     kernel: str, runs: list[Run], equivalent: dict[tuple[str, str], int]
 ) -> tuple[list[tuple[str, str]], list[str]]:

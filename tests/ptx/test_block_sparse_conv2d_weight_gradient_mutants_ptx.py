@@ -7,7 +7,7 @@ import pytest
 
 from . import harness
 from .block_sparse_conv2d_weight_gradient_cases import Case, run
-from .gradient_cases import BF16_COLUMNS, SEARCH, TF32_COLUMNS, unnoticed_mutants
+from .gradient_cases import BF16_COLUMNS, SEARCH, TF32_COLUMNS, of_whole_chunks, unnoticed_mutants
 from .harness_conv2d_weight_gradient import OP
 
 pytestmark = pytest.mark.skipif(
@@ -90,13 +90,6 @@ def every_mutant_is_noticed(kernel: str, cases: list[Case], equivalent: dict) ->
 
 # Mutants that compute the same, by what is done to which source line, and how many there are.
 EXISTS = "return place_of(args, tile, column).channel < args.gradient.input.cols;"
-STORE = "store_pair(values + row, row < filled ? first : 0.0f, row + 1 < filled ? second : 0.0f);"
-# Channels come in chunks of 8 (tf32: 4), and so does what a thread or its fragment has of them. Columns but
-# the first of a chunk, and the first of a block, are never the first of the padding. Nor is the second row
-# of a pair, nor the first where the pair is the second of its chunk (tf32), or the first of the block
-# (16 bits) unless its whole column is padding.
-BF16_CHUNKS = {("bound + 1", EXISTS): 4, ("bound + 1", STORE): 16 + 4}
-TF32_CHUNKS = {("bound + 1", EXISTS): 6, ("bound + 1", STORE): 16 + 8}
 # One step of zeros: where there are no positions, and after the last position.
 STEPS = {
     (
@@ -111,12 +104,16 @@ STEPS = {
 
 
 def test_every_mutant_on_tensor_cores_is_noticed():
-    every_mutant_is_noticed("bf16_16", mutant_cases("bf16"), {**SEARCH, **BF16_COLUMNS, **BF16_CHUNKS})
+    every_mutant_is_noticed(
+        "bf16_16", mutant_cases("bf16"), {**SEARCH, **BF16_COLUMNS, **of_whole_chunks("bf16", EXISTS)}
+    )
 
 
 @pytest.mark.skipif(not FULL_SWEEP, reason="FASTPRUNE_PTX_SWEEP=full runs it")
 def test_every_mutant_of_tf32_is_noticed():
-    every_mutant_is_noticed("tf32_16", mutant_cases("tf32"), {**SEARCH, **TF32_COLUMNS, **TF32_CHUNKS})
+    every_mutant_is_noticed(
+        "tf32_16", mutant_cases("tf32"), {**SEARCH, **TF32_COLUMNS, **of_whole_chunks("tf32", EXISTS)}
+    )
 
 
 @pytest.mark.skipif(not FULL_SWEEP, reason="FASTPRUNE_PTX_SWEEP=full runs it")

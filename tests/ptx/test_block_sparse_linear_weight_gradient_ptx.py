@@ -16,6 +16,7 @@ from .gradient_cases import (
     SEARCH,
     TF32_COLUMNS,
     convert,
+    of_whole_chunks,
     random_structure,
     unnoticed_mutants,
 )
@@ -105,7 +106,7 @@ def run(case: Case, **options) -> tuple[np.ndarray, list[str], dict]:
 
 
 def with_blocks(kind: str, rows: int, cols: int, **sizes: int) -> list[Case]:
-    """Two block rows and three block columns: whole, ragged, which is narrow too, and ragged in whole chunks."""
+    """Two block rows, three block columns: whole, ragged, which is narrow too, and ragged in whole chunks."""
     whole = Case(kind=kind, rows=rows, cols=cols, out_features=2 * rows, in_features=3 * cols, **sizes)
     ragged = {"out_features": 2 * rows - rows // 2 - 1, "in_features": 3 * cols - cols // 2 - cols % 2}
     chunks = {name: size + -size % 8 for name, size in ragged.items()}
@@ -232,14 +233,13 @@ def test_bits_depend_neither_on_the_other_blocks_nor_on_the_alignment(kind):
         assert block_sparse_linear_weight_gradient(**alone)[0].tobytes() == together[1, block].tobytes()
 
 
-def mutant_cases(kind: str, *, narrow: bool = False) -> list[Case]:
+def mutant_cases(kind: str) -> list[Case]:
     """Meet every edge of a bound that a thread can be off by one at; the first find most."""
     rows, cols = (13, 5) if kind == "f32" else (16, 16)
     stage = 32 if kind in ("bf16", "f16") else 16
     one = Case(kind=kind, rows=rows, cols=cols, out_features=rows, in_features=cols, density=1.0)
-    one = replace(one, offset=1 if narrow else 0)
-    # Rows end with a whole chunk of 16 bytes, or anywhere.
-    chunk = 1 if narrow or kind == "f32" else 4 if kind == "tf32" else 8
+    # On tensor cores rows end with a whole chunk of 16 bytes; others take the narrow kernels.
+    chunk = {"f32": 1, "tf32": 4}.get(kind, 8)
     ends = [stage * step + stage * eighth // 8 for step in range(5) for eighth in (1, 3, 5, 7)]
     edges = [(35, 6), (41, 7), (52, 14), (62, 15), (35, 12), (35, 13)]
     if kind == "f32":
@@ -277,6 +277,15 @@ def mutant_cases(kind: str, *, narrow: bool = False) -> list[Case]:
     ]
 
 
+EXISTS = "return input_column(args.gradient, tile, column) < args.gradient.input.cols;"
+# How many elements of a chunk exist matters only in whether any do.
+CHUNKS = {
+    (
+        "tile - 1",
+        "elements = static_cast<int>(max(min(columns - column, int64_t{kElements}), int64_t{0}));",
+    ): 2,
+    ("bound + 1", ""): 2,
+}
 # Stages of zeros after the last, which nobody reads.
 STAGES = {("bound + 1", "if (step < steps) {"): 3}
 # One step of zeros: where there are no samples, and after the last sample.
@@ -303,12 +312,20 @@ def every_mutant_is_noticed(kernel: str, cases: list[Case], equivalent: dict, st
 
 
 def test_every_mutant_on_tensor_cores_is_noticed():
-    every_mutant_is_noticed("bf16_16", mutant_cases("bf16"), {**SEARCH, **STAGES, **BF16_COLUMNS})
+    every_mutant_is_noticed(
+        "bf16_16",
+        mutant_cases("bf16"),
+        {**SEARCH, **STAGES, **BF16_COLUMNS, **CHUNKS, **of_whole_chunks("bf16", EXISTS)},
+    )
 
 
 @pytest.mark.skipif(not FULL_SWEEP, reason="FASTPRUNE_PTX_SWEEP=full runs it")
 def test_every_mutant_of_tf32_is_noticed():
-    every_mutant_is_noticed("tf32_16", mutant_cases("tf32"), {**SEARCH, **STAGES, **TF32_COLUMNS})
+    every_mutant_is_noticed(
+        "tf32_16",
+        mutant_cases("tf32"),
+        {**SEARCH, **STAGES, **TF32_COLUMNS, **CHUNKS, **of_whole_chunks("tf32", EXISTS)},
+    )
 
 
 @pytest.mark.skipif(not FULL_SWEEP, reason="FASTPRUNE_PTX_SWEEP=full runs it")

@@ -42,7 +42,15 @@ FINE = Kernel("first", "80", 40, 10_496, 0, 0, 128)
 
 @pytest.fixture(autouse=True)
 def _budgets(monkeypatch):
-    monkeypatch.setattr(budgets, "BUDGETS", {"fir*": Budget(40, 10_496, 1024), "first": Budget(1, 1)})
+    monkeypatch.setattr(
+        budgets,
+        "BUDGETS",
+        {
+            "fir*": Budget(40, 10_496, 1024),
+            "first": Budget(1, 1),
+            "second": Budget(40, 10_496, 1024, spill_bytes=8),
+        },
+    )
 
 
 @pytest.fixture
@@ -81,6 +89,10 @@ def test_a_log_that_is_not_understood_and_a_call_are_errors(log: str, message: s
     [
         ({"spill_bytes": 4}, "spills 4 bytes"),
         ({"local_bytes": 8}, "8 bytes in local memory"),
+        (
+            {"name": "second", "spill_bytes": 9, "local_bytes": 8},
+            "spills 9 bytes of registers, its budget is 8",
+        ),
         ({"registers": 41}, "41 registers, its budget is 40"),
         ({"static_shared_bytes": 10_497}, "10497 static_shared_bytes, its budget is 10496"),
         ({"threads": None}, "__launch_bounds__"),

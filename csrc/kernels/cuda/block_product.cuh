@@ -44,13 +44,9 @@ class TileProduct {
       : args_(args),
         stages_(shared_address(shared_memory())),
         thread_(static_cast<int>(threadIdx.x)),
-        // Neighbouring thread blocks share their inputs rather than their weights: all kept weights
-        // together usually fit the second-level cache, all inputs do not.
-        first_output_(blockIdx.x % output_tiles() * kOutputs),
-        first_sample_(int64_t{blockIdx.x / output_tiles()} * kSamples),
-        walk_(args, first_output_, Tile::kStrip, thread_ % 32),
+        walk_(args, first_output(), Tile::kStrip, thread_ % 32),
         block_elements_(static_cast<uint32_t>(args.weight.outputs * args.weight.steps)),
-        inputs_(args, first_sample_, thread_ / Steps::kChunks, kRowsAtOnce,
+        inputs_(args, first_sample(), thread_ / Steps::kChunks, kRowsAtOnce,
                 thread_ % Steps::kChunks) {
     const int row = thread_ / Steps::kChunks, chunk = thread_ % Steps::kChunks;
     step_offset_ = Steps::offset(row, chunk);
@@ -143,8 +139,18 @@ class TileProduct {
     return (static_cast<uint32_t>(args_.output.cols) + kOutputs - 1) / kOutputs;
   }
 
+  // Neighbouring thread blocks share their inputs rather than their weights: all kept weights
+  // together usually fit the second-level cache, all inputs do not. Worked out anew for the store,
+  // since the loop has no registers left.
+  __device__ __forceinline__ uint32_t first_output() const {
+    return blockIdx.x % output_tiles() * kOutputs;
+  }
+  __device__ __forceinline__ int64_t first_sample() const {
+    return int64_t{blockIdx.x / output_tiles()} * kSamples;
+  }
+
   __device__ __forceinline__ uint32_t within_block(int output) const {
-    return (first_output_ + output) % static_cast<uint32_t>(args_.weight.outputs);
+    return (first_output() + output) % static_cast<uint32_t>(args_.weight.outputs);
   }
 
   // Queues the copies of the next slots, and returns their masks.
@@ -253,8 +259,10 @@ class TileProduct {
     static_assert(kSamples * kRow * sizeof(float) <= Tile::kSharedBytes);
     const int lane = thread_ % 32, warp = thread_ / 32;
     float* memory = reinterpret_cast<float*>(shared_memory()) + warp * kWarpSamples * kRow;
-    const int samples = static_cast<int>(
-        min(args_.input.rows - first_sample_ - warp * kWarpSamples, int64_t{kWarpSamples}));
+    const int64_t first_sample = this->first_sample() + warp * kWarpSamples;
+    const int samples =
+        static_cast<int>(min(args_.input.rows - first_sample, int64_t{kWarpSamples}));
+    const int64_t first_output = this->first_output();
 #pragma unroll
     for (int part = 0; part < kOutputs / kWidth; ++part) {
 #pragma unroll
@@ -268,9 +276,9 @@ class TileProduct {
         }
       }
       __syncwarp();
-      store_outputs(memory + lane / kLanes * kRow + lane % kLanes * 4,
-                    first_sample_ + warp * kWarpSamples + lane / kLanes, samples - lane / kLanes,
-                    32 / kLanes, kRow, int64_t{first_output_} + part * kWidth + lane % kLanes * 4);
+      store_outputs(memory + lane / kLanes * kRow + lane % kLanes * 4, first_sample + lane / kLanes,
+                    samples - lane / kLanes, 32 / kLanes, kRow,
+                    first_output + part * kWidth + lane % kLanes * 4);
       __syncwarp();
     }
   }
@@ -314,8 +322,6 @@ class TileProduct {
   const Args<T>& args_;
   uint32_t stages_;
   int thread_;
-  uint32_t first_output_;
-  int64_t first_sample_;
   StripWalk<kStrips, kStepsTogether> walk_;
   uint32_t block_elements_;
   Inputs inputs_;
