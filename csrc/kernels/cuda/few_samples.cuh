@@ -1,5 +1,5 @@
-// The product of ../block_product.h for up to 16 samples, bound by reading the weights: one thread
-// block for each strip of 16 outputs.
+// The product of ../block_product.h for few samples, bound by reading the weights: one thread block
+// for each strip of 16 outputs and 16 samples.
 //
 // The slots of a strip (16 steps each, in the order of its list) are dealt to eight warps in turn.
 // Each warp copies the weights and inputs of its slots to a ring of its own and multiplies them on
