@@ -44,16 +44,24 @@ BF16_COLUMNS = {("bound + 1", "if (column >= tile.columns) continue;"): 4}
 TF32_COLUMNS = {("bound + 1", "if (column >= tile.columns) continue;"): 6}
 
 
-def of_whole_chunks(kind: str, exists: str) -> dict[tuple[str, str], int]:
+def of_whole_chunks(kind: str, exists: str, matrices: int) -> dict[tuple[str, str], int]:
     """Return the mutants that compute the same where features come in whole chunks of 16 bytes.
 
     Columns but the first of a chunk, and the first of a block, are never the first of the padding, of which
     the source line ``exists`` asks. Nor is the second row of a pair, nor the first where the pair is the
-    second of its chunk (tf32), or the first of the block (16 bits) unless its whole column is padding.
+    second of its chunk (tf32), or the first of the block (16 bits) unless its whole column is padding. How
+    many elements of a chunk exist, of which both operands or one of them is a matrix, matters only in
+    whether any do.
     """
     store = "store_pair(values + row, row < filled ? first : 0.0f, row + 1 < filled ? second : 0.0f);"
     columns, rows = {"bf16": (4, 16 + 4), "tf32": (6, 16 + 8)}[kind]
-    return {("bound + 1", exists): columns, ("bound + 1", store): rows}
+    elements = "elements = static_cast<int>(max(min(columns - column, int64_t{kElements}), int64_t{0}));"
+    return {
+        ("bound + 1", exists): columns,
+        ("bound + 1", store): rows,
+        ("tile - 1", elements): matrices,
+        ("bound + 1", ""): 2,
+    }
 
 
 def unnoticed_mutants(

@@ -105,14 +105,14 @@ STEPS = {
 
 def test_every_mutant_on_tensor_cores_is_noticed():
     every_mutant_is_noticed(
-        "bf16_16", mutant_cases("bf16"), {**SEARCH, **BF16_COLUMNS, **of_whole_chunks("bf16", EXISTS)}
+        "bf16_16", mutant_cases("bf16"), {**SEARCH, **BF16_COLUMNS, **of_whole_chunks("bf16", EXISTS, 1)}
     )
 
 
 @pytest.mark.skipif(not FULL_SWEEP, reason="FASTPRUNE_PTX_SWEEP=full runs it")
 def test_every_mutant_of_tf32_is_noticed():
     every_mutant_is_noticed(
-        "tf32_16", mutant_cases("tf32"), {**SEARCH, **TF32_COLUMNS, **of_whole_chunks("tf32", EXISTS)}
+        "tf32_16", mutant_cases("tf32"), {**SEARCH, **TF32_COLUMNS, **of_whole_chunks("tf32", EXISTS, 1)}
     )
 
 

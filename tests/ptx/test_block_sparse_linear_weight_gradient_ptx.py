@@ -278,14 +278,6 @@ def mutant_cases(kind: str) -> list[Case]:
 
 
 EXISTS = "return input_column(args.gradient, tile, column) < args.gradient.input.cols;"
-# How many elements of a chunk exist matters only in whether any do.
-CHUNKS = {
-    (
-        "tile - 1",
-        "elements = static_cast<int>(max(min(columns - column, int64_t{kElements}), int64_t{0}));",
-    ): 2,
-    ("bound + 1", ""): 2,
-}
 # Stages of zeros after the last, which nobody reads.
 STAGES = {("bound + 1", "if (step < steps) {"): 3}
 # One step of zeros: where there are no samples, and after the last sample.
@@ -315,7 +307,7 @@ def test_every_mutant_on_tensor_cores_is_noticed():
     every_mutant_is_noticed(
         "bf16_16",
         mutant_cases("bf16"),
-        {**SEARCH, **STAGES, **BF16_COLUMNS, **CHUNKS, **of_whole_chunks("bf16", EXISTS)},
+        {**SEARCH, **STAGES, **BF16_COLUMNS, **of_whole_chunks("bf16", EXISTS, 2)},
     )
 
 
@@ -324,7 +316,7 @@ def test_every_mutant_of_tf32_is_noticed():
     every_mutant_is_noticed(
         "tf32_16",
         mutant_cases("tf32"),
-        {**SEARCH, **STAGES, **TF32_COLUMNS, **CHUNKS, **of_whole_chunks("tf32", EXISTS)},
+        {**SEARCH, **STAGES, **TF32_COLUMNS, **of_whole_chunks("tf32", EXISTS, 2)},
     )
 
 
