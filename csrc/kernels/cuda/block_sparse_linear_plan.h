@@ -142,7 +142,8 @@ constexpr int64_t most_few_samples(const BlockProductShape& shape) {
 inline LinearTile tile_of_many(const BlockProductShape& shape) {
   using Large = LargeTile<16>;
   constexpr int kHalf = Large::kSamples / 2;
-  const int64_t output_tiles = tiles_of(shape.outputs, Large::kOutputs);
+  // Two share a multiprocessor: as many as fill half of all were slower than small tiles.
+  const int64_t output_tiles = tiles_of(shape.outputs, 2 * Large::kOutputs);
   if (!shape.aligned_inputs) return LinearTile::k64x64By16Narrow;
   if (shape.samples <= kHalf ||
       shape.samples / kHalf < tiles_of(shape.multiprocessors, std::max<int64_t>(output_tiles, 1))) {
