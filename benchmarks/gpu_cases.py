@@ -216,7 +216,8 @@ def _convolution_problem(case: Case, device: torch.device) -> Problem:
     out = images(case.out_features) if case.op != "conv2d forward" else None
     input = images(case.in_features) if case.op != "conv2d input gradient" else None
     if case.op == "conv2d forward":
-        operands, rest = (input, *tensors), (None, case.out_features, *positions, "none")
+        flat = [count for counts in (*positions[:4], positions[4:]) for count in counts]
+        operands, rest = (input, *tensors), (None, case.out_features, flat, "none")
         name, twin = "block_sparse_conv2d_inference", reference.block_sparse_conv2d
         options: dict[str, Any] = {"out_channels": case.out_features}
         functions = {"dense": lambda: F.conv2d(input, dense, padding=1)}

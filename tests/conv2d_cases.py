@@ -39,6 +39,10 @@ class Geometry:
         """What follows the tensors and sizes in the ops' schemas."""
         return (self.kernel_size, self.stride, self.padding, self.dilation, self.groups)
 
+    def flat(self) -> tuple[int, ...]:
+        """The same in one list, as the op without gradients takes it."""
+        return (*self.kernel_size, *self.stride, *self.padding, *self.dilation, self.groups)
+
 
 def make_conv2d_weight(
     out_channels: int,

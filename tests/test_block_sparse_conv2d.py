@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
 import fastprune as fp
@@ -272,10 +273,42 @@ def test_opcheck(name: str, activation: str, memory_format: torch.memory_format)
             *structure,
             torch.randn(16, requires_grad=needs_grad),
             16,
-            *geometry.positions(),
+            *(geometry.positions() if needs_grad else (geometry.flat(),)),
             activation,
         ),
     )
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "size"),
+    [("kernel_size", (3,), 2), ("stride", (1, 1, 1), 2), ("padding", (1, 1), 4), ("dilation", (), 2)],
+)
+@pytest.mark.parametrize("needs_grad", [False, True])
+def test_counts_of_another_length_are_named(name: str, value: tuple, size: int, needs_grad: bool) -> None:
+    geometry = Geometry()
+    weight = make_conv2d_weight(16, 8, geometry, (8, 8), 0.5)
+    values, *structure = parts(weight, torch.float32)
+    arguments = {"out_channels": 16, **geometry.arguments(), name: value}
+    message = f"`{name}` must have {size} integers, got {len(value)}"
+    with pytest.raises(ValueError, match=message):
+        ops.block_sparse_conv2d(
+            torch.randn(1, 8, 5, 5), values.requires_grad_(needs_grad), *structure, **arguments
+        )
+
+
+def test_the_flat_geometry_is_checked() -> None:
+    geometry = Geometry()
+    values, *structure = parts(make_conv2d_weight(16, 8, geometry, (8, 8), 0.5), torch.float32)
+    op = torch.ops.fastprune.block_sparse_conv2d_inference
+    with pytest.raises(ValueError, match="`geometry` must have 11 integers, got 10"):
+        op(torch.randn(1, 8, 5, 5), values, *structure, None, 16, geometry.flat()[:-1], "none")
+    flat = [0 if index == 3 else count for index, count in enumerate(geometry.flat())]
+    with pytest.raises(ValueError, match="`stride` must be from 1"):
+        op(torch.randn(1, 8, 5, 5), values, *structure, None, 16, flat, "none")
+    with FakeTensorMode() as mode:
+        fakes = [mode.from_tensor(tensor) for tensor in (torch.randn(1, 8, 5, 5), values, *structure)]
+    with mode, pytest.raises(ValueError, match="`geometry` must have 11 integers"):
+        op(*fakes, None, 16, geometry.flat()[:-1], "none")
 
 
 def test_autocast_keeps_float32() -> None:

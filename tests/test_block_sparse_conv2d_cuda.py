@@ -314,7 +314,7 @@ def test_opcheck(name: str, geometry: Geometry, memory_format: torch.memory_form
             weight.col_indices,
             images(16).requires_grad_(needs_grad),
             16,
-            *geometry.positions(),
+            *(geometry.positions() if needs_grad else (geometry.flat(),)),
             "relu",
             True,
         ),
@@ -366,13 +366,13 @@ def test_bad_arguments_are_named() -> None:
     input = images(2, 16, 5, 5)
     op = torch.ops.fastprune.block_sparse_conv2d_inference
     structure = (weight.crow_indices, weight.col_indices)
-    rest = (*geometry.positions(), "none")
+    rest = (geometry.flat(), "none")
     bad = {
         "must have dtype Float": (input.double(), weight.packed_values.double(), *structure, None, 32, *rest),
         "packed_values": (input, weight.packed_values.cpu(), *structure, None, 32, *rest),
         "crow_indices": (input, weight.packed_values, *structure, None, 99, *rest),
         "bias": (input, weight.packed_values, *structure, torch.randn(32), 32, *rest),
-        "activation": (input, weight.packed_values, *structure, None, 32, *geometry.positions(), "tanh"),
+        "activation": (input, weight.packed_values, *structure, None, 32, geometry.flat(), "tanh"),
         "dimensions": (input[0], weight.packed_values, *structure, None, 32, *rest),
     }
     for message, arguments in bad.items():

@@ -41,17 +41,10 @@ void run(const Tensor& input, const Tensor& packed_values, const Tensor& crow_in
   convolve(args);
 }
 
-Tensor block_sparse_conv2d_cpu(const Tensor& input, const Tensor& packed_values,
-                               const Tensor& crow_indices, const Tensor& col_indices,
-                               const std::optional<Tensor>& bias, int64_t out_channels,
-                               const std::vector<int64_t>& kernel_size,
-                               const std::vector<int64_t>& stride,
-                               const std::vector<int64_t>& padding,
-                               const std::vector<int64_t>& dilation, int64_t groups,
-                               const std::string& activation_name, bool /*allow_tf32*/) {
+Tensor compute(const Tensor& input, const Tensor& packed_values, const Tensor& crow_indices,
+               const Tensor& col_indices, const std::optional<Tensor>& bias, int64_t out_channels,
+               const ConvolutionGeometry& geometry, const std::string& activation_name) {
   const Activation activation = parse_activation(kOp, activation_name);
-  const ConvolutionGeometry geometry =
-      convolution_geometry(kOp, kernel_size, stride, padding, dilation, groups);
   check_dim(kOp, "input", input, 4);
   check_weight(kOp, input, packed_values, crow_indices, col_indices);
   const int64_t channel_blocks = check_channels(kOp, geometry, input.size(1), out_channels,
@@ -73,12 +66,34 @@ Tensor block_sparse_conv2d_cpu(const Tensor& input, const Tensor& packed_values,
   return output;
 }
 
+Tensor block_sparse_conv2d_cpu(const Tensor& input, const Tensor& packed_values,
+                               const Tensor& crow_indices, const Tensor& col_indices,
+                               const std::optional<Tensor>& bias, int64_t out_channels,
+                               const std::vector<int64_t>& kernel_size,
+                               const std::vector<int64_t>& stride,
+                               const std::vector<int64_t>& padding,
+                               const std::vector<int64_t>& dilation, int64_t groups,
+                               const std::string& activation, bool /*allow_tf32*/) {
+  return compute(input, packed_values, crow_indices, col_indices, bias, out_channels,
+                 convolution_geometry(kOp, kernel_size, stride, padding, dilation, groups),
+                 activation);
+}
+
+Tensor block_sparse_conv2d_inference_cpu(const Tensor& input, const Tensor& packed_values,
+                                         const Tensor& crow_indices, const Tensor& col_indices,
+                                         const std::optional<Tensor>& bias, int64_t out_channels,
+                                         const std::vector<int64_t>& geometry,
+                                         const std::string& activation, bool /*allow_tf32*/) {
+  return compute(input, packed_values, crow_indices, col_indices, bias, out_channels,
+                 convolution_geometry(kOp, geometry), activation);
+}
+
 }  // namespace
 
 // The same kernel twice: calls that need no gradient skip the Python of the autograd formula.
 STABLE_TORCH_LIBRARY_IMPL(fastprune, CPU, library) {
   library.impl("block_sparse_conv2d", TORCH_BOX(&block_sparse_conv2d_cpu));
-  library.impl("block_sparse_conv2d_inference", TORCH_BOX(&block_sparse_conv2d_cpu));
+  library.impl("block_sparse_conv2d_inference", TORCH_BOX(&block_sparse_conv2d_inference_cpu));
 }
 
 }  // namespace fastprune

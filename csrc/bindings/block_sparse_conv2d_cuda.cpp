@@ -120,17 +120,11 @@ void run(const Product& product, const std::optional<ConvolutionPlan>& plan) {
                product.values, ", output ", product.output);
 }
 
-Tensor block_sparse_conv2d_cuda(const Tensor& input, const Tensor& packed_values,
-                                const Tensor& crow_indices, const Tensor& col_indices,
-                                const std::optional<Tensor>& bias, int64_t out_channels,
-                                const std::vector<int64_t>& kernel_size,
-                                const std::vector<int64_t>& stride,
-                                const std::vector<int64_t>& padding,
-                                const std::vector<int64_t>& dilation, int64_t groups,
-                                const std::string& activation_name, bool allow_tf32) {
+Tensor compute(const Tensor& input, const Tensor& packed_values, const Tensor& crow_indices,
+               const Tensor& col_indices, const std::optional<Tensor>& bias, int64_t out_channels,
+               const ConvolutionGeometry& geometry, const std::string& activation_name,
+               bool allow_tf32) {
   const Activation activation = parse_activation(kOp, activation_name);
-  const ConvolutionGeometry geometry =
-      convolution_geometry(kOp, kernel_size, stride, padding, dilation, groups);
   check_dim(kOp, "input", input, 4);
   check_weight(kOp, input, packed_values, crow_indices, col_indices);
   check_cuda_dtype(kOp, "input", input);
@@ -163,6 +157,28 @@ Tensor block_sparse_conv2d_cuda(const Tensor& input, const Tensor& packed_values
                                         out_channels, size, geometry, product.values),
                                arithmetic_of(input, allow_tf32)));
   return product.output;
+}
+
+Tensor block_sparse_conv2d_cuda(const Tensor& input, const Tensor& packed_values,
+                                const Tensor& crow_indices, const Tensor& col_indices,
+                                const std::optional<Tensor>& bias, int64_t out_channels,
+                                const std::vector<int64_t>& kernel_size,
+                                const std::vector<int64_t>& stride,
+                                const std::vector<int64_t>& padding,
+                                const std::vector<int64_t>& dilation, int64_t groups,
+                                const std::string& activation, bool allow_tf32) {
+  return compute(input, packed_values, crow_indices, col_indices, bias, out_channels,
+                 convolution_geometry(kOp, kernel_size, stride, padding, dilation, groups),
+                 activation, allow_tf32);
+}
+
+Tensor block_sparse_conv2d_inference_cuda(const Tensor& input, const Tensor& packed_values,
+                                          const Tensor& crow_indices, const Tensor& col_indices,
+                                          const std::optional<Tensor>& bias, int64_t out_channels,
+                                          const std::vector<int64_t>& geometry,
+                                          const std::string& activation, bool allow_tf32) {
+  return compute(input, packed_values, crow_indices, col_indices, bias, out_channels,
+                 convolution_geometry(kOp, geometry), activation, allow_tf32);
 }
 
 // One product for each phase of the input, of the lists that a kernel of some microseconds makes
@@ -233,7 +249,7 @@ Tensor block_sparse_conv2d_input_gradient_cuda(
 
 STABLE_TORCH_LIBRARY_IMPL(fastprune, CUDA, library) {
   library.impl("block_sparse_conv2d", TORCH_BOX(&block_sparse_conv2d_cuda));
-  library.impl("block_sparse_conv2d_inference", TORCH_BOX(&block_sparse_conv2d_cuda));
+  library.impl("block_sparse_conv2d_inference", TORCH_BOX(&block_sparse_conv2d_inference_cuda));
   library.impl("block_sparse_conv2d_input_gradient",
                TORCH_BOX(&block_sparse_conv2d_input_gradient_cuda));
 }

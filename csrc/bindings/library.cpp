@@ -28,9 +28,8 @@ STABLE_TORCH_LIBRARY(fastprune, library) {
       "Tensor");
   library.def(
       "block_sparse_conv2d_inference(Tensor input, Tensor packed_values, Tensor crow_indices, "
-      "Tensor col_indices, Tensor? bias, int out_channels, int[] kernel_size, int[] stride, "
-      "int[] padding, int[] dilation, int groups, str activation, bool allow_tf32=False) -> "
-      "Tensor");
+      "Tensor col_indices, Tensor? bias, int out_channels, int[] geometry, str activation, "
+      "bool allow_tf32=False) -> Tensor");
   library.def(
       "block_sparse_conv2d_input_gradient(Tensor grad_output, Tensor packed_values, "
       "Tensor crow_indices, Tensor col_indices, int[] input_size, int[] kernel_size, "

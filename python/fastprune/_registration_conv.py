@@ -116,6 +116,23 @@ def _forward_fake(
     return _empty_images(input, (input.shape[0], out_channels, *size))
 
 
+def _inference_fake(
+    input: Tensor,
+    packed_values: Tensor,
+    crow_indices: Tensor,
+    col_indices: Tensor,
+    bias: Tensor | None,
+    out_channels: int,
+    geometry: list[int],
+    activation: str,
+    allow_tf32: bool = False,
+) -> Tensor:
+    check(len(geometry) == 11, f"block_sparse_conv2d: `geometry` must have 11 integers, got {len(geometry)}")
+    sizes = (geometry[:2], geometry[2:4], geometry[4:8], geometry[8:10], geometry[10])
+    weight = (packed_values, crow_indices, col_indices)
+    return _forward_fake(input, *weight, bias, out_channels, *sizes, activation)
+
+
 def _check_grad_output(op: str, grad_output: Tensor, input_size: Any, geometry: tuple) -> None:
     kernel_size, stride, padding, dilation, _ = geometry
     size = _output_size(op, input_size[2:], kernel_size, stride, padding, dilation)
@@ -269,8 +286,37 @@ def _forward_backward(ctx: Any, grad: Tensor) -> tuple:
     return (grad_input, grad_values, None, None, grad_bias, *[None] * 8)
 
 
+def block_sparse_conv2d_inference(
+    input: Tensor,
+    packed_values: Tensor,
+    crow_indices: Tensor,
+    col_indices: Tensor,
+    bias: Tensor | None,
+    out_channels: int,
+    kernel_size: Any,
+    stride: Any,
+    padding: Any,
+    dilation: Any,
+    groups: int,
+    activation: str,
+    allow_tf32: bool,
+) -> Tensor:
+    """Call the op without gradients, with its geometry in one list: torch converts each in 0.8 us."""
+    try:
+        (kernel_height, kernel_width), (stride_height, stride_width) = kernel_size, stride
+        (top, bottom, left, right), (dilation_height, dilation_width) = padding, dilation
+    except ValueError:
+        _check_geometry("block_sparse_conv2d", kernel_size, stride, padding, dilation)
+        raise
+    sizes = (kernel_height, kernel_width, stride_height, stride_width, top, bottom, left, right)
+    geometry = (*sizes, dilation_height, dilation_width, groups)
+    return _ops.block_sparse_conv2d_inference(
+        input, packed_values, crow_indices, col_indices, bias, out_channels, geometry, activation, allow_tf32
+    )
+
+
 block_sparse_conv2d_function = autograd_function(
-    _ops.block_sparse_conv2d_inference, _forward_setup, _forward_backward
+    block_sparse_conv2d_inference, _forward_setup, _forward_backward
 )
 
 
@@ -333,7 +379,7 @@ def _weight_gradient_flops(
 
 for _name, _fake in (
     ("block_sparse_conv2d", _forward_fake),
-    ("block_sparse_conv2d_inference", _forward_fake),
+    ("block_sparse_conv2d_inference", _inference_fake),
     ("block_sparse_conv2d_input_gradient", _input_gradient_fake),
     ("block_sparse_conv2d_weight_gradient", _weight_gradient_fake),
 ):

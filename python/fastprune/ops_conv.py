@@ -17,7 +17,7 @@ from ._dispatch import (
 )
 from ._fake_checks import CUDA_DTYPES
 from ._registration import CLIPPING
-from ._registration_conv import block_sparse_conv2d_function
+from ._registration_conv import block_sparse_conv2d_function, block_sparse_conv2d_inference
 
 _ops = torch.ops.fastprune
 
@@ -99,7 +99,6 @@ def block_sparse_conv2d(
 
     """
     input, packed_values, bias = autocast_as_torch(input, packed_values, bias)  # type: ignore[assignment]
-    geometry = (kernel_size, stride, padding, dilation, groups)
     supported = input.dtype in CUDA_DTYPES
     if is_transformed() or lacks_cuda_kernel("block_sparse_conv2d", input, supported):
         return reference.block_sparse_conv2d(
@@ -116,16 +115,31 @@ def block_sparse_conv2d(
             groups=groups,
             activation=activation,
         )
+    tf32 = _allow_tf32(input)
     if not needs_grad(input, packed_values, bias):
         # The op with gradients costs some microseconds more for each call.
-        op: Callable[..., Tensor] = _ops.block_sparse_conv2d_inference
-        fused = True
-    else:
-        # Kept for the backward, what goes into a curved activation costs less than computing it anew.
-        op = _ops.block_sparse_conv2d if takes_registered_gradients() else block_sparse_conv2d_function.apply
-        fused = activation not in reference.ACTIVATIONS or activation in CLIPPING
+        return block_sparse_conv2d_inference(
+            input,
+            packed_values,
+            crow_indices,
+            col_indices,
+            bias,
+            out_channels,
+            kernel_size,
+            stride,
+            padding,
+            dilation,
+            groups,
+            "none" if activation is None else activation,
+            tf32,
+        )
+    geometry = (kernel_size, stride, padding, dilation, groups)
+    # Kept for the backward, what goes into a curved activation costs less than computing it anew.
+    fused = activation not in reference.ACTIVATIONS or activation in CLIPPING
     name = activation if fused and activation is not None else "none"
-    tf32 = _allow_tf32(input)
+    op: Callable[..., Tensor] = (
+        _ops.block_sparse_conv2d if takes_registered_gradients() else block_sparse_conv2d_function.apply
+    )
     output = op(input, packed_values, crow_indices, col_indices, bias, out_channels, *geometry, name, tf32)
     return output if fused else reference.ACTIVATIONS[activation](output)  # type: ignore[index]
 

@@ -174,11 +174,18 @@ class BlockSparseLayer(nn.Module, abc.ABC):
         parts = (self.packed_values.detach(), self.crow_indices, self.col_indices)
         self._running = None if bool(runs.all()) else RunningBlocks(parts, runs)
 
-    def _parts(self) -> Parts:
-        """Return the blocks that run."""
-        if self._running is None:
-            return self.packed_values, self.crow_indices, self.col_indices
-        return self._running.parts(self.packed_values)
+    def _operands(self) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+        """Return the blocks that run, as a kernel reads them, and the bias."""
+        # Attributes of modules are slow to read, 0.6 us each. A parametrized weight is no parameter of this
+        # module; only then, and without a bias, is the slow way taken.
+        parameters, buffers = self._parameters, self._buffers
+        own, bias = parameters.get("packed_values"), parameters.get("bias")
+        packed_values: Tensor = self.packed_values if own is None else own
+        if bias is None:
+            bias = self.bias
+        if self._running is not None:
+            return *self._running.parts(packed_values), bias
+        return packed_values, buffers["crow_indices"], buffers["col_indices"], bias  # type: ignore[return-value]
 
     def _check_no_activation(self) -> None:
         if self.activation is not None:

@@ -300,13 +300,17 @@ class BlockSparseConv2d(BlockSparseLayer):
         sides: tuple[int, int, int, int],
         dilation: tuple[int, int],
     ) -> Tensor:
-        images = input if input.dim() == 4 else input.unsqueeze(0)
+        if input.dim() == 3:
+            return self._convolve(input.unsqueeze(0), stride, sides, dilation).squeeze(0)
         if self.channels_last:
-            images = images.contiguous(memory_format=torch.channels_last)
-        output = ops.block_sparse_conv2d(
-            images,
-            *self._parts(),
-            self.bias,
+            input = input.contiguous(memory_format=torch.channels_last)
+        packed_values, crow_indices, col_indices, bias = self._operands()
+        return ops.block_sparse_conv2d(
+            input,
+            packed_values,
+            crow_indices,
+            col_indices,
+            bias,
             out_channels=self.out_channels,
             kernel_size=self.kernel_size,
             stride=stride,
@@ -315,7 +319,6 @@ class BlockSparseConv2d(BlockSparseLayer):
             groups=self.groups,
             activation=self.activation,
         )
-        return output if input.dim() == 4 else output.squeeze(0)
 
     def extra_repr(self) -> str:
         """Return what ``repr`` prints inside the brackets, in the order of ``nn.Conv2d``."""
