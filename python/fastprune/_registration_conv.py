@@ -128,9 +128,9 @@ def _inference_fake(
     allow_tf32: bool = False,
 ) -> Tensor:
     check(len(geometry) == 11, f"block_sparse_conv2d: `geometry` must have 11 integers, got {len(geometry)}")
-    sizes = (geometry[:2], geometry[2:4], geometry[4:8], geometry[8:10], geometry[10])
-    weight = (packed_values, crow_indices, col_indices)
-    return _forward_fake(input, *weight, bias, out_channels, *sizes, activation)
+    kernel_size, stride, padding, dilation = geometry[:2], geometry[2:4], geometry[4:8], geometry[8:10]
+    operands = (input, packed_values, crow_indices, col_indices, bias, out_channels)
+    return _forward_fake(*operands, kernel_size, stride, padding, dilation, geometry[10], activation)
 
 
 def _check_grad_output(op: str, grad_output: Tensor, input_size: Any, geometry: tuple) -> None:
