@@ -14,7 +14,7 @@ CHECKED = slice(0, None, 97)  # pieces; the reference holds all their logits
 
 
 @pytest.mark.parametrize("thread_count", THREADS)
-@pytest.mark.parametrize("activation", ["relu", "gelu"])
+@pytest.mark.parametrize("activation", ["relu", "gelu", "silu"])
 def bench_against_one_forward(benchmark, activation: str, thread_count: int) -> None:
     torch.manual_seed(0)
     first, last = nn.Linear(IN_FEATURES, HIDDEN_FEATURES), nn.Linear(HIDDEN_FEATURES, CLASSES)

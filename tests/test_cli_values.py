@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import argparse
 import ast
 import inspect
+import random
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -139,3 +142,20 @@ def test_options_are_the_arguments_of_the_api(names, function, beside):
     assert set(names) - beside == set(inspect.signature(function).parameters) - {"masks"}
     assert len(set(names)) == len(names)
     assert set(names) <= set(options.OPTIONS)
+
+
+@pytest.mark.parametrize(
+    ("line", "file", "expected"), [(None, 5, 5), ("4", 5, 4), ("4", None, 4), (None, None, 0)]
+)
+def test_generators_are_seeded_by_the_line_or_the_file_before_a_factory_draws(tmp_path, line, file, expected):
+    config = tmp_path / "run.toml"
+    config.write_text('model = "cli_project:make_model"\n' + ("" if file is None else f"seed = {file}\n"))
+    parser = argparse.ArgumentParser()
+    options.add_options(parser, ("model", "seed"))
+    arguments = parser.parse_args(["--config", str(config)] + ([] if line is None else ["--seed", line]))
+    torch.manual_seed(99)
+    model = options.read_options(arguments, required=("model",))["model"]
+    drawn = random.random(), np.random.rand()
+    torch.manual_seed(expected)
+    assert torch.equal(model[0].weight, cli_project.make_model()[0].weight)
+    assert drawn == (random.Random(expected).random(), np.random.RandomState(expected).rand())

@@ -324,12 +324,21 @@ def test_the_soft_loss_is_the_one_that_was_chosen(soft_loss):
         ({"scheduler": lambda optimizer: 3}, TypeError, "`scheduler` must be"),
         ({"scheduler": "other"}, ValueError, "`scheduler` must be one of the optimizer"),
         ({"scheduler_interval": "batch"}, ValueError, "`scheduler_interval` must be"),
+        (
+            {"scheduler": lr_scheduler.ReduceLROnPlateau, "scheduler_interval": "step"},
+            ValueError,
+            "`scheduler_interval` must be 'epoch' for a ReduceLROnPlateau",
+        ),
+        ({"optimizer": torch.optim.LBFGS}, TypeError, "`optimizer` must .* needs no closure, got LBFGS"),
+        ({"optimizer": "lbfgs"}, TypeError, "`optimizer` must .* needs no closure, got LBFGS"),
     ],
 )
 def test_a_wrong_argument_is_named_and_the_models_are_unchanged(arguments, error, message):
     student, teacher = mlp(), mlp()
     if arguments.get("scheduler") == "other":
         arguments = {"scheduler": lr_scheduler.StepLR(torch.optim.SGD(mlp().parameters(), 0.1), 1)}
+    if arguments.get("optimizer") == "lbfgs":
+        arguments = {"optimizer": torch.optim.LBFGS(student.parameters())}
     snapshots = [Snapshot(student), Snapshot(teacher)]
     with pytest.raises(error, match=message):
         fp.distill(student, teacher, classification_batches((4,)), epochs=1, progress=False, **arguments)

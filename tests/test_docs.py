@@ -68,6 +68,7 @@ def test_the_page_on_the_report_runs():
 
 
 def test_the_page_on_the_command_line_runs(tmp_path, monkeypatch, capsys):
+    pytest.importorskip("torch_pruning", reason="needs pip install 'fastprune[structured]'")
     text = (DOCS / "command_line.md").read_text()
     blocks = dict(re.findall(r"^```(\w+)\n(.*?)^```$", text, re.MULTILINE | re.DOTALL))
     (tmp_path / "project.py").write_text(blocks["python"])
@@ -75,7 +76,8 @@ def test_the_page_on_the_command_line_runs(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     monkeypatch.delitem(sys.modules, "project", raising=False)
     commands = [shlex.split(line) for line in blocks["sh"].splitlines()]
-    assert [command[1] for command in commands] == ["score", "compress", "compare", "report"]
+    named = [command[1] for command in commands]
+    assert named == ["score", "compress", "compare", "report", "score", "shrink"]
     for command in commands:
         assert command[0] == "fastprune"
         assert cli.main(command[1:]) == 0
@@ -83,6 +85,8 @@ def test_the_page_on_the_command_line_runs(tmp_path, monkeypatch, capsys):
             assert json.loads(capsys.readouterr().out.rpartition("run\n")[2])["speedup"] == 2.0
     assert "Three rounds to 75 %" in (tmp_path / "run" / "report.html").read_text()
     assert json.loads((tmp_path / "run" / "history.json").read_text())["settings"]["sparsity"] == 0.75
+    small = fp.load(tmp_path / "small.safetensors", sys.modules["project"].make_model())
+    assert 0 < small[0].out_features < 64
     named = set(re.findall(r"`(\w+)`", text.partition("## Arguments")[2].partition("##")[0]))
     assert named & set(options.OPTIONS) >= {"model", "granularity", "criterion", "floor", "budget", "scope"}
 

@@ -156,7 +156,8 @@ def compress(
         output_transform: see :func:`score`.
         optimizer: a function from parameters to an optimizer, called each round; None for AdamW, 1e-3.
         distillation: more arguments of :func:`distill` for each round, such as
-            ``{"max_grad_norm": 1.0, "features": {"layer3": "layer3"}}``.
+            ``{"max_grad_norm": 1.0, "features": {"layer3": "layer3"}}``; all but ``mode``, ``rounds`` and
+            ``teacher_optimizer``.
         example_inputs: for :func:`sparsify_`, and for the latency of a round's model; None for the first
             batch of ``val_loader``.
         fold_batch_norm: see :func:`sparsify_`; of the model that is returned, training keeps its batch norms.
@@ -164,8 +165,8 @@ def compress(
         max_accuracy_drop: stop, and return the round before, when the validation accuracy falls by more
             than this below the dense model's (0.01 is one percentage point).
         checkpoint_dir: where finished rounds are kept, and the scores of the one that runs; a call with
-            the same model and arguments goes on from there, and ends with the same model. Functions are
-            compared by name, and the data not at all.
+            the same model and arguments goes on from there, and ends with the same masks and weights.
+            Functions are compared by name, and the data not at all.
         seed: seeds Python's, NumPy's and torch's generators for each round; yours are left as they were.
         progress: whether progress bars are shown.
 

@@ -86,10 +86,11 @@ def distill(
             each other's outputs and train, from predictions made before either is updated. "self": as one
             way, and after each round a copy of the student becomes the teacher.
         optimizer: an optimizer over the student's parameters, a function from parameters to one, or None
-            for AdamW with a learning rate of 1e-3.
+            for AdamW with a learning rate of 1e-3. Its step must need no closure, as that of LBFGS does.
         teacher_optimizer: the teacher's in mode "mutual"; None makes it as the student's.
         scheduler: of ``optimizer`` (or of ``teacher_optimizer``), or a function from an optimizer to one.
-        scheduler_interval: "epoch" or "step": when the scheduler steps. ``ReduceLROnPlateau`` gets the loss.
+        scheduler_interval: "epoch" or "step": when the scheduler steps. ``ReduceLROnPlateau``, by epochs
+            alone, gets the loss.
         rounds: of ``epochs`` each, with mode "self". Functions make a new optimizer and scheduler each round.
         soft_loss: "kl", "mse" (:func:`logit_mse_loss`), or a function of the student's and the teacher's
             logits to a scalar mean.

@@ -170,7 +170,7 @@ class Round:
                     if run.autocast_dtype == torch.float16
                     else None,
                 ),
-                make_scheduler(run.scheduler, optimizer),
+                make_scheduler(run.scheduler, optimizer, run.scheduler_interval),
                 run.scheduler_interval,
                 run.after_step,
             )

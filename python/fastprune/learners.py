@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import inspect
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
@@ -25,11 +26,12 @@ def make_optimizer(
     """Return the optimizer itself, what the factory makes, or AdamW with a learning rate of 1e-3.
 
     Raises:
-        TypeError: it is neither an optimizer nor a callable that returns one.
+        TypeError: it is neither an optimizer nor a callable that returns one, or its step needs a closure.
         ValueError: the optimizer holds no parameter of the model, or none of these requires a gradient.
 
     """
     if isinstance(optimizer, torch.optim.Optimizer):
+        _check_step(optimizer, argument)
         own = {id(parameter) for parameter in optimized_parameters(optimizer)}
         if own.isdisjoint(id(parameter) for parameter in model.parameters()):
             raise ValueError(f"`{argument}` must hold parameters of the model that is trained, it holds none")
@@ -45,7 +47,16 @@ def make_optimizer(
             f"`{argument}` must be a torch.optim.Optimizer or a function from parameters to one, "
             f"got {optimizer!r}"
         )
+    _check_step(made, argument)
     return made
+
+
+def _check_step(optimizer: torch.optim.Optimizer, argument: str) -> None:
+    closure = inspect.signature(optimizer.step).parameters.get("closure")
+    if closure is not None and closure.default is inspect.Parameter.empty:
+        raise TypeError(
+            f"`{argument}` must be an optimizer whose step needs no closure, got {type(optimizer).__name__}"
+        )
 
 
 def check_scheduler(scheduler: SchedulerOrFactory, optimizers: Iterable[torch.optim.Optimizer]) -> None:
@@ -66,21 +77,27 @@ def check_scheduler(scheduler: SchedulerOrFactory, optimizers: Iterable[torch.op
         )
 
 
-def make_scheduler(scheduler: SchedulerOrFactory, optimizer: torch.optim.Optimizer) -> LRScheduler | None:
+def make_scheduler(
+    scheduler: SchedulerOrFactory, optimizer: torch.optim.Optimizer, interval: str
+) -> LRScheduler | None:
     """Return the scheduler if it is the optimizer's, what the factory makes, or None.
 
     Raises:
         TypeError: the factory makes no scheduler.
+        ValueError: it steps by the loss of an epoch, which there is none of in the interval "step".
 
     """
     if scheduler is None or isinstance(scheduler, LRScheduler):
-        return scheduler if scheduler is not None and scheduler.optimizer is optimizer else None
-    made = scheduler(optimizer)
-    if not isinstance(made, LRScheduler):
-        raise TypeError(
-            "`scheduler` must be a torch LRScheduler or a function from an optimizer to one, "
-            f"got a function to {type(made).__name__}"
-        )
+        made = scheduler if scheduler is not None and scheduler.optimizer is optimizer else None
+    else:
+        made = scheduler(optimizer)
+        if not isinstance(made, LRScheduler):
+            raise TypeError(
+                "`scheduler` must be a torch LRScheduler or a function from an optimizer to one, "
+                f"got a function to {type(made).__name__}"
+            )
+    if interval == "step" and isinstance(made, ReduceLROnPlateau):
+        raise ValueError("`scheduler_interval` must be 'epoch' for a ReduceLROnPlateau, got 'step'")
     return made
 
 

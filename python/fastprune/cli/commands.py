@@ -5,13 +5,10 @@ from __future__ import annotations
 import argparse
 import copy
 import json
-import random
 import sys
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
 from torch import Tensor, nn
 
 from .._library import build_info
@@ -56,14 +53,6 @@ def _complain(message: str) -> None:
     print(f"fastprune: {message}", file=sys.stderr)
 
 
-def _seed(arguments: argparse.Namespace) -> None:
-    """Seed the generators before factories draw from them, so that the same command makes the same model."""
-    seed = 0 if arguments.seed is None else int(read_option("seed", arguments.seed))
-    random.seed(seed)
-    np.random.seed(seed % 2**32)
-    torch.manual_seed(seed)
-
-
 def _check_file(target: Path) -> Path:
     """Return the path of a file to write, or raise before the work that it is for."""
     if target.is_dir():
@@ -92,7 +81,6 @@ def demo(arguments: argparse.Namespace) -> int:
 
 def score_command(arguments: argparse.Namespace) -> int:
     """Write the scores of a model to a file, and print what they are like."""
-    _seed(arguments)
     options = read_options(arguments, required=("model", "output"))
     target = _check_file(options.pop("output"))
     options.pop("seed", None)
@@ -134,7 +122,6 @@ def _summary(layer: Tensor) -> dict[str, Any]:
 
 def compress_command(arguments: argparse.Namespace) -> int:
     """Write a compressed model, its history and its report into a folder; go on with a run that is there."""
-    _seed(arguments)
     options = read_options(arguments, required=("model", "train_loader", "val_loader", "output"))
     folder = options.pop("output")
     try:
@@ -164,7 +151,6 @@ def compress_command(arguments: argparse.Namespace) -> int:
 
 def shrink_command(arguments: argparse.Namespace) -> int:
     """Cut masked units, heads and layers out of a model, and write what is left of it to a file."""
-    _seed(arguments)
     options = read_options(arguments, required=("model", "example_inputs", "output"))
     target = _check_file(options["output"])
     model, source = check_model(options["model"]), options.get("masked")
@@ -189,7 +175,6 @@ def shrink_command(arguments: argparse.Namespace) -> int:
 
 def compare_command(arguments: argparse.Namespace) -> int:
     """Print two models side by side, and fail where the second is not accurate or fast enough."""
-    _seed(arguments)
     options = read_options(arguments, required=("dense", "compressed", "loader"))
     dense, drop, least = (
         check_model(options["dense"], "dense"),

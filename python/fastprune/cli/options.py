@@ -5,10 +5,14 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import importlib
+import random
 import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
+
+import numpy as np
+import torch
 
 from . import values
 from .values import UsageError, UserCodeError
@@ -93,6 +97,8 @@ def add_options(parser: argparse.ArgumentParser, names: Iterable[str]) -> None:
 def read_options(arguments: argparse.Namespace, required: Iterable[str]) -> dict[str, Any]:
     """Return the arguments of a command that are given, each as the API takes it; the line beats the file.
 
+    The generators are seeded before factories draw from them, so that the same command makes the same model.
+
     Raises:
         UsageError: one is missing, unknown or of the wrong form.
         UserCodeError: a factory, or the module that it is in, raised an error.
@@ -113,6 +119,8 @@ def read_options(arguments: argparse.Namespace, required: Iterable[str]) -> dict
             raise UsageError(
                 f"`--{name.replace('_', '-')}` must be given, on the command line or in --config"
             )
+    if "seed" in arguments.names:
+        _seed(read_option("seed", given["seed"], sources["seed"]) if "seed" in given else 0)
     found = {}
     for name in arguments.names:
         if name in given:
@@ -130,6 +138,12 @@ def read_option(name: str, value: Any, source: str = "") -> Any:
     except (ValueError, TypeError) as error:
         colon = "" if str(error).startswith("must ") else ":"
         raise UsageError(f"{argument}{colon} {error}") from error
+
+
+def _seed(seed: int) -> None:
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
 
 
 def _read_config(path: Path) -> dict[str, Any]:

@@ -43,8 +43,8 @@ def sparsify_(
     With ``policy="measured"`` each layer is timed dense and sparse, interleaved, on the inputs it gets
     from ``example_inputs``, and the faster is kept; then the whole model is timed, and the conversion is
     taken back if it made the model slower. Convolutions, dense and sparse, are timed in both memory formats;
-    the model is left in the faster one, also where that is the dense model. Layers that stay dense lose
-    their masks and keep plain zeros. :func:`explain` prints what was decided and why.
+    where a layer gained, the model is left in the faster one, also where that is the dense model. Layers
+    that stay dense lose their masks and keep plain zeros. :func:`explain` prints what was decided and why.
 
     Example:
         >>> fp.sparsify_(model, example_inputs=torch.randn(256, 64))
@@ -55,8 +55,8 @@ def sparsify_(
         example_inputs: a tensor, a tuple (positional inputs), a dict (keyword inputs), or a list of these
             for several batch sizes; the choice is made for their total time.
         blocksize: ``(rows, cols)``; blocks of which a mask left nothing are skipped. "auto" for the size that
-            suits each layer's mask: 16x16, 8x8, 8x1, 4x1 or, for single weights, 1x1; where two come close
-            both are measured.
+            suits each layer's mask: 16x16, 8x8, 8x1, 4x1 or, for single weights, 1x1, on CUDA 64x64, 32x32 or
+            16x16; where two come close both are measured.
         policy: "measured", or "always" to convert every masked layer that can be.
         fold_batch_norm: for inference: batch norms that are alone behind a Linear or Conv2d, on the way that
             the first of ``example_inputs`` takes through the model, become a part of it, with the statistics
