@@ -22,11 +22,13 @@ from .metrics import Comparison, compare, evaluate
 from .modules import (
     BlockSparseConv2d,
     BlockSparseLinear,
+    MultiheadAttention,
     explain,
     measure_latency,
     set_density,
     sparsify_,
     to_dense_,
+    unpack_attention_,
 )
 from .pruner import Pruner
 from .pruning import prune_
@@ -72,6 +74,7 @@ __all__ = [
     "LayerLatency",
     "LinearSchedule",
     "Masks",
+    "MultiheadAttention",
     "OneShotSchedule",
     "ParameterTensor",
     "Pruner",
@@ -113,5 +116,6 @@ __all__ = [
     "sparsify_",
     "supported_cpu_isas",
     "to_dense_",
+    "unpack_attention_",
     "zero_small_gradients_",
 ]

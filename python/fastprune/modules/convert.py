@@ -179,7 +179,7 @@ def _why_linear_dense(model: nn.Module, name: str, module: nn.Module) -> str | N
     if parametrize.type_before_parametrizations(module) is not nn.Linear:
         parent = model.get_submodule(name.rpartition(".")[0])
         if isinstance(parent, nn.MultiheadAttention):
-            return "torch's attention reads the weight and never calls the layer"
+            return "torch's attention never calls the layer; after fp.unpack_attention_ it is called"
         kind = parametrize.type_before_parametrizations(module).__name__
         return f"{kind} may have a forward of its own"
     return None if is_plain(module) else "it has hooks or a forward of its own"

@@ -9,6 +9,7 @@ from typing import Any
 from torch import nn
 from torch.nn.utils import parametrize
 
+from .attention import MultiheadAttention
 from .linear import BlockSparseLinear
 
 _CUT_FROM = "_fastprune_cut_from"
@@ -50,7 +51,8 @@ def copy_of(module: nn.Module, **changes: Any) -> nn.Module:
 def swap_modules(model: nn.Module, replacements: Mapping[str, nn.Module]) -> Callable[[], None]:
     """Put modules at every place where the ones of these names are used; return the way back.
 
-    torch's encoder is kept from its fast path where one of its Linears makes room for a block-sparse one.
+    torch's encoder is kept from its fast path where one of its Linears makes room for a block-sparse one, or
+    its attention for an unpacked one.
     """
     undo: list[Callable[[], None]] = []
 
@@ -68,9 +70,10 @@ def swap_modules(model: nn.Module, replacements: Mapping[str, nn.Module]) -> Cal
             if child is not None and id(child) in new:
                 undo.append(functools.partial(parent._modules.__setitem__, child_name, child))
                 parent._modules[child_name] = new[id(child)]
-    sparse = {id(module) for module in replacements.values() if isinstance(module, BlockSparseLinear)}
+    called = (BlockSparseLinear, MultiheadAttention)
+    own = {id(module) for module in replacements.values() if isinstance(module, called)}
     for parent in model.modules():
-        if not sparse.isdisjoint(id(module) for module in parent.modules()):
+        if not own.isdisjoint(id(module) for module in parent.modules()):
             if isinstance(parent, nn.TransformerEncoderLayer):
                 # torch's fast path reads linear1.weight and would never call the swapped module.
                 assign(parent, "activation_relu_or_gelu", 0)

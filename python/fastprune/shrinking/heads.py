@@ -51,7 +51,8 @@ class Attention(NamedTuple):
 def attentions(model: nn.Module) -> list[Attention]:
     """Return the attention modules of a model whose heads can be cut.
 
-    ``nn.MultiheadAttention``, which packs its projections into one parameter, is none of them.
+    ``nn.MultiheadAttention``, which packs its projections into one parameter, is none of them before
+    :func:`unpack_attention_`.
     """
     found = []
     modules = dict(model.named_modules())
