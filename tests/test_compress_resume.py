@@ -49,7 +49,7 @@ def _stop_at(monkeypatch, name, call):
     [
         ("score", 1),
         ("score", 2),
-        ("apply_masks_", 3),
+        ("add_masks_", 3),
         ("distill", 2),
         ("evaluate", 3),  # the first is that of the dense model
         ("save", 1),

@@ -205,21 +205,50 @@ def read_logits(output: Any, output_transform: OutputTransform | None) -> Any:
     )
 
 
-def count_correct(logits: Any, targets: Any, loss: Loss) -> tuple[int, int]:
-    """Return how many targets the largest logit names, and how many there are; 0, 0 for no classes."""
-    if not isinstance(logits, Tensor) or not isinstance(targets, Tensor):
-        return 0, 0
-    if logits.shape == targets.shape:
-        if loss.is_cross_entropy and logits.dim() > 1:  # probabilities of classes
-            hits = logits.argmax(1) == targets.argmax(1)
-            return int(hits.sum()), hits.numel()
-        if not bool(((targets == 0) | (targets == 1)).all()):  # regression
-            return 0, 0
-        return int(((logits > 0) == (targets > 0.5)).sum()), targets.numel()
+class Accuracy:
+    """The share of targets that the largest logit names, or the sign of a single one; NaN for no classes.
+
+    Targets are no classes if those of any batch are none: by chance a few numbers may look like classes.
+    """
+
+    def __init__(self) -> None:
+        self.correct = self.counted = 0
+        self.classes = True
+
+    def add(self, logits: Any, targets: Any, loss: Loss) -> None:
+        """Count a batch."""
+        hits = _hits(logits, targets, loss)
+        if hits is None:
+            self.classes = False
+        else:
+            self.correct += int(hits.sum())
+            self.counted += hits.numel()
+
+    def value(self) -> float:
+        """Return the share so far."""
+        return self.correct / self.counted if self.classes and self.counted else float("nan")
+
+
+def _hits(logits: Any, targets: Any, loss: Loss) -> Tensor | None:
+    """Return which targets are named, of those that count, or None where they are no classes."""
+    if not isinstance(logits, Tensor) or not isinstance(targets, Tensor) or logits.dim() < 1:
+        return None
+    if logits.shape == targets.shape and loss.is_cross_entropy and logits.dim() > 1:  # probabilities
+        return logits.argmax(1) == targets.argmax(1)
+    single = logits.squeeze(1) if logits.dim() > 1 and logits.shape[1] == 1 else logits
+    if logits.shape == targets.shape or single.shape == targets.shape:
+        binary = bool(((targets == 0) | (targets == 1)).all())
+        return (
+            ((single if single.shape == targets.shape else logits) > 0) == (targets > 0.5) if binary else None
+        )
     if targets.is_floating_point() or logits.dim() < 2:
-        return 0, 0
+        return None
+    # A loss of one's own may take classes from the last dimension; where both fit, nothing says which.
+    dims = [d for d in (1, -1) if logits.shape[:d] + logits.shape[d:][1:] == targets.shape]
+    if not dims or (len(dims) == 2 and logits.dim() > 2 and not loss.is_cross_entropy):
+        return None
     kept = targets != loss.ignore_index
-    return int((logits.argmax(1) == targets)[kept].sum()), int(kept.sum())
+    return (logits.argmax(dims[0]) == targets)[kept]
 
 
 class Loss:

@@ -37,6 +37,8 @@ def describe(value: Any) -> Any:
         return {str(key): describe(entry) for key, entry in sorted(value.items())}
     if isinstance(value, (list, tuple)):
         return [describe(entry) for entry in value]
+    if isinstance(value, (set, frozenset)):  # whose order no other process has
+        return sorted((describe(entry) for entry in value), key=str)
     return name_of(value) if callable(value) else repr(value)
 
 

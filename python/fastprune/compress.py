@@ -33,9 +33,10 @@ from .granularity import Block, Granularity, GranularityRule, check_count, check
 from .importance import Floor, ImportanceScores, check_criterion, score
 from .importance.criterion import UserCriterion, name_of
 from .importance.scopes import Scope
-from .layers import Selection, check_model
+from .layers import Selection, check_model, reusable
 from .learners import OptimizerFactory
 from .masks import Budget, check_scope, check_sparsity
+from .serialization import check_saved
 from .unit_scores import score_units
 
 # What `distillation` may hold: no object with a state, which a resumed run would not have.
@@ -193,6 +194,7 @@ def compress(
         raise TypeError(
             f"`optimizer` must be a function from parameters to an optimizer, got {type(optimizer).__name__}"
         )
+    include, exclude = reusable(include), reusable(exclude)
     distillation = _check_distillation_options(distillation)
     if max_accuracy_drop is not None and not max_accuracy_drop >= 0:
         raise ValueError(f"`max_accuracy_drop` must not be negative, got {max_accuracy_drop}")
@@ -209,7 +211,10 @@ def compress(
         granularity = AutoBlock(example_inputs=example_inputs, latency=latency, floor=floor)
     if not isinstance(granularity, GranularityRule):
         check_granularity(granularity)
-    # Selectors and floors that fit no layer are found out now, not after an hour of scoring.
+    # What cannot be cut or saved, selectors and floors that fit no layer are found out now, not after an
+    # hour of scoring.
+    if checkpoint_dir is not None or structure != "blocks":
+        check_saved(model)
     trial: dict[str, Any] = {
         "criterion": "magnitude",  # of which one batch is read
         "include": include,

@@ -25,7 +25,7 @@ from .importance import Floor, ImportanceScores, score
 from .importance.scopes import Scope
 from .importance.scores_file import granularity_from_json, granularity_to_json
 from .latency import LatencyTable
-from .masks import Budget, Masks, apply_masks_
+from .masks import Budget, Masks, add_masks_, remove_masks_
 from .metrics import evaluate, measure_costs
 from .modules import layer_choices, leave_dense_, measure_latency, sparsify_
 from .modules.examples import example_batches
@@ -158,7 +158,10 @@ class CompressionRun:
         self._measure_dense()
         history = self.checkpoints.history
         counted = len(self.counted())
-        best = self.checkpoints.load_compressed(counted - 1, copy.deepcopy(self.model)) if counted else None
+        best = None
+        if counted:
+            fresh = remove_masks_(copy.deepcopy(self.model))  # what was compressed has none
+            best = self.checkpoints.load_compressed(counted - 1, fresh)
         if len(history) < self.rounds and len(history) == counted:
             with keep_generators():
                 best = self._run_rounds(best)
@@ -179,7 +182,7 @@ class CompressionRun:
             scores = self._scores(student, round_index)
             goal = self._goal().after(self.rounds, round_index)
             masks = self._select(goal, scores, round_index)
-            apply_masks_(student, masks)
+            add_masks_(student, masks)
             _seed(self.seed, round_index, 1)
             trained = distill(
                 student, teacher, self.train_loader, progress=self.progress, **self.training, **self.reading

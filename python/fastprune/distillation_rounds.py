@@ -127,8 +127,8 @@ def train_round(run: Run, student: nn.Module, teacher: nn.Module, description: s
     with contextlib.ExitStack() as undo:
         undo.callback(_set_flags, [(m, m.training) for model in (student, teacher) for m in model.modules()])
         round_ = Round(run, student, teacher, undo)
-        teacher.train(run.mode == "mutual")
         student.train()
+        teacher.train(run.mode == "mutual")  # what both hold, frozen, runs as the teacher's
         for epoch in range(run.epochs):
             start = time.perf_counter()
             with tqdm(

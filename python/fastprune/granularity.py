@@ -272,7 +272,7 @@ class Layer(Granularity):
 
 @dataclasses.dataclass(frozen=True)
 class ParameterTensor(Layer):
-    """A whole parameter, set to zero; scores are scalars, and named like the model's parameters."""
+    """A whole parameter, set to zero; scores are scalars, named like parameters. Tied ones are left out."""
 
 
 @dataclasses.dataclass(frozen=True)

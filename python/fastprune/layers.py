@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import fnmatch
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 from torch import nn
@@ -14,6 +14,11 @@ from .granularity import Granularity, Layer, ParameterTensor, is_scorable
 
 Selector = str | type | Callable[[str, nn.Module], bool]
 Selection = Selector | Iterable[Selector] | None
+
+
+def reusable(selection: Selection) -> Selection:
+    """Return a selection that can be read several times: the entries of an iterator as a list."""
+    return list(selection) if isinstance(selection, Iterator) else selection
 
 
 def _selectors(selection: Selection, argument: str) -> list[Selector]:
@@ -202,6 +207,16 @@ def _is_in_parametrization(name: str) -> bool:
     return "parametrizations" in name.split(".")
 
 
+def _tied(model: nn.Module) -> dict[str, list[str]]:
+    """Return the first name of each parameter that several modules hold, and its other names."""
+    names: dict[int, list[str]] = {}
+    for prefix, module in model.named_modules():
+        for own_name, parameter in module._parameters.items():
+            if parameter is not None and not _is_in_parametrization(prefix):
+                names.setdefault(id(parameter), []).append(f"{prefix}.{own_name}" if prefix else own_name)
+    return {first: others for first, *others in names.values() if others}
+
+
 def select_scored(
     model: nn.Module, granularity: Granularity, include: Selection = None, exclude: Selection = None
 ) -> tuple[dict[str, nn.Module], dict[str, Granularity]]:
@@ -216,7 +231,16 @@ def select_scored(
 
     """
     if isinstance(granularity, ParameterTensor):
-        layers = select_parameters(model, include, exclude)
+        layers = {}
+        tied = _tied(model)
+        for name, module in select_parameters(model, include, exclude).items():
+            if name in tied:
+                # A mask on one of its holders would not reach the others.
+                warnings.warn(
+                    f"fastprune: parameter '{name}' is left out: it is tied to {tied[name]}", stacklevel=3
+                )
+            else:
+                layers[name] = module
     elif isinstance(granularity, Layer) and include is not None:
         layers = select_modules(model, include, exclude)
     else:

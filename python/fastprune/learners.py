@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
-from .batches import Batch, Loss, count_correct
+from .batches import Accuracy, Batch, Loss
 from .gradients import GradientAccumulator, optimized_parameters
 
 OptimizerFactory = Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer]
@@ -156,7 +156,8 @@ class Learner:
     def begin_epoch(self) -> None:
         """Set the sums to zero."""
         self.loss_sum = 0.0
-        self.samples = self.correct = self.counted = 0
+        self.samples = 0
+        self.accuracy = Accuracy()
 
     def learn(self, total: Tensor, logits: Tensor, batch: Batch, loss: Loss) -> None:
         """Take the gradient of a batch's loss, and step where it is time.
@@ -170,9 +171,7 @@ class Learner:
         self._after(self.accumulator.backward(total, batch.size))
         self.loss_sum += float(total.detach()) * batch.size
         self.samples += batch.size
-        hits, seen = count_correct(logits, batch.targets, loss)
-        self.correct += hits
-        self.counted += seen
+        self.accuracy.add(logits, batch.targets, loss)
 
     def end_window(self) -> None:
         """Step with what an epoch's last batches left over."""
@@ -186,7 +185,7 @@ class Learner:
                 self.scheduler.step(loss)
             else:
                 self.scheduler.step()
-        return {"loss": loss, "accuracy": self.correct / self.counted if self.counted else float("nan")}
+        return {"loss": loss, "accuracy": self.accuracy.value()}
 
     def _after(self, updated: bool) -> None:
         if not updated:

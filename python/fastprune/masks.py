@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import warnings
 from collections.abc import Iterator, Mapping
 from numbers import Real
 
@@ -246,6 +247,7 @@ def mask_targets(model: nn.Module, masks: Masks) -> list[tuple[nn.Module, str, T
     return targets
 
 
+@torch.inference_mode(False)
 def apply_masks_(model: nn.Module, masks: Masks) -> nn.Module:
     """Mask a model in place and return it: masked weights are exactly zero, and stay so in training.
 
@@ -265,16 +267,70 @@ def apply_masks_(model: nn.Module, masks: Masks) -> nn.Module:
     return model
 
 
+def add_masks_(model: nn.Module, masks: Masks) -> nn.Module:
+    """Mask a model as :func:`apply_masks_` does, but for weights that its masks cut out of kept pieces.
+
+    Those stay zero: masks of single weights, say, under masks of blocks.
+    """
+    mask_targets(model, masks)
+    modules, finer = dict(model.named_modules()), []
+    for name in masks:
+        granularity = masks.granularity_of(name)
+        owner, _, own_name = name.rpartition(".")
+        is_parameter = isinstance(granularity, ParameterTensor)
+        module, parameter = modules[owner if is_parameter else name], own_name if is_parameter else "weight"
+        before = piece_mask_of(module, parameter)
+        if before is not None:
+            kept = granularity.sum_pieces(before.float()) > 0
+            cut = granularity.expand(kept.cpu(), masks.weight_shapes[name]).to(before.device) & ~before
+            finer.append((module, parameter, cut))
+    apply_masks_(model, masks)
+    for module, parameter, cut in finer:
+        after = piece_mask_of(module, parameter)
+        assert after is not None
+        after.logical_and_(~cut)
+    return model
+
+
 def remove_masks_(model: nn.Module) -> nn.Module:
-    """Take the masks off a model in place and return it: plain parameters with plain zeros remain."""
-    for module in list(check_model(model).modules()):
+    """Take the masks off a model in place and return it: plain parameters with plain zeros remain.
+
+    Another parametrization of a masked parameter, such as weight norm, goes with its mask, with a warning:
+    it would make the zeros anew.
+    """
+    for name, module in list(check_model(model).named_modules()):
         if not parametrize.is_parametrized(module):
             continue
-        for parameter in list(module.parametrizations):  # type: ignore[arg-type]
+        for parameter in list(module.parametrizations):
             if piece_mask_of(module, parameter) is not None:
+                others = [type(part).__name__ for part in _others(module, parameter)]
+                if others:
+                    warnings.warn(
+                        f"fastprune: {', '.join(others)} of '{name}.{parameter}' goes with its mask: "
+                        "a plain parameter remains",
+                        stacklevel=2,
+                    )
                 _own_class(module)
                 parametrize.remove_parametrizations(module, parameter, leave_parametrized=True)
     return model
+
+
+def _others(module: nn.Module, parameter: str) -> list[nn.Module]:
+    """Return the parametrizations of a parameter that are no masks."""
+    chain = module.parametrizations[parameter]  # type: ignore[index]
+    return [part for part in chain if not isinstance(part, PieceMask)]
+
+
+def _take_mask(module: nn.Module, parameter: str) -> None:
+    """Take a mask, and nothing else, off a parameter; what it hid is back."""
+    if _others(module, parameter):
+        chain = module.parametrizations[parameter]  # type: ignore[index]
+        for index in reversed(range(len(chain))):
+            if isinstance(chain[index], PieceMask):
+                del chain[index]  # type: ignore[union-attr]
+    else:
+        _own_class(module)
+        parametrize.remove_parametrizations(module, parameter, leave_parametrized=False)
 
 
 @contextlib.contextmanager
@@ -288,9 +344,8 @@ def masks_back_on_error(model: nn.Module) -> Iterator[None]:
         for module, parameter, mask in _piece_masks(model):
             if (module, parameter) in before:
                 mask.copy_(before[module, parameter])
-                continue
-            _own_class(module)
-            parametrize.remove_parametrizations(module, parameter, leave_parametrized=False)
+            else:
+                _take_mask(module, parameter)
         for module, (kind, names) in forms.items():
             module.__class__ = kind
             for name in names:  # in the order in which optimisers number them

@@ -13,12 +13,12 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from .batches import (
+    Accuracy,
     Batch,
     Loss,
     LossFunction,
     OutputTransform,
     check_reiterable,
-    count_correct,
     iterate_batches,
     model_device,
     read_logits,
@@ -53,7 +53,7 @@ def evaluate(
     """
     check_model(model)
     loss = Loss(loss_fn)
-    correct = counted = 0
+    accuracy = Accuracy()
     loss_sum = weight_sum = 0.0
     flags = [(module, module.training) for module in model.modules()]
     model.eval()
@@ -63,14 +63,12 @@ def evaluate(
             losses, weight = loss(logits, batch.targets, batch.size)
             loss_sum += float(losses.sum())
             weight_sum += weight
-            hits, total = count_correct(logits, batch.targets, loss)
-            correct += hits
-            counted += total
+            accuracy.add(logits, batch.targets, loss)
     finally:
         for module, training in flags:
             module.training = training
     return {
-        "accuracy": correct / counted if counted else float("nan"),
+        "accuracy": accuracy.value(),
         "loss": loss_sum / weight_sum if weight_sum else float("nan"),
     }
 
@@ -260,7 +258,10 @@ def compare(
     elif isinstance(example_inputs, tuple):
         example = Batch(example_inputs, {}, None, example_inputs[0].shape[0])
     elif isinstance(example_inputs, dict):
-        example = Batch((), example_inputs, None, next(iter(example_inputs.values())).shape[0])
+        sizes = [
+            value.shape[0] for value in example_inputs.values() if isinstance(value, Tensor) and value.dim()
+        ]
+        example = Batch((), example_inputs, None, sizes[0] if sizes else 1)
     else:
         raise TypeError(
             f"`example_inputs` must be a tensor, a tuple or a dict, got {type(example_inputs).__name__}"

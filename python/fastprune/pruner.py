@@ -14,8 +14,8 @@ from .granularity import Block, Granularity, check_granularity, weight_of
 from .importance import Floor, floors_by_layer, score
 from .importance.criterion import UserCriterion, name_of
 from .importance.scopes import Scope
-from .layers import Selection, check_model
-from .masks import Masks, PieceMask, apply_masks_, masks_back_on_error
+from .layers import Selection, check_model, reusable
+from .masks import Masks, PieceMask, add_masks_, mask_targets, masks_back_on_error
 from .pruning import check_schedule, select_at
 from .regrowth import RigL, check_regrows, exchange
 from .resets import check_values, overwrite, reset_pieces_, trained_tensor
@@ -110,6 +110,7 @@ class Pruner:
                 raise ValueError(f"`regrowth` needs removed='zero', got {removed!r}: nothing is held at zero")
         if optimizer is not None and not isinstance(optimizer, torch.optim.Optimizer):
             raise TypeError(f"`optimizer` must be a torch.optim.Optimizer, got {type(optimizer).__name__}")
+        include, exclude = reusable(include), reusable(exclude)
         self.model = model
         self.schedule = schedule
         self.removed = removed
@@ -150,6 +151,9 @@ class Pruner:
             scores = self._score(criterion="magnitude")
             self._select(scores, 0.0)  # finds what is wrong with its arguments before the training
             self.masks = scores.select(sparsity={})
+            if removed != "zero" or regrowth is not None:
+                for module, parameter, _ in mask_targets(model, self.masks):
+                    trained_tensor(module, parameter)
             self._put_masks(self.masks)
             if schedule.is_update(0):
                 self._prune(0)
@@ -222,7 +226,7 @@ class Pruner:
 
     def _put_masks(self, masks: Masks) -> None:
         if self.removed == "zero":
-            apply_masks_(self.model, masks)
+            add_masks_(self.model, masks)
 
     def _prune(self, step: int) -> None:
         sparsity = self.schedule.at(step)

@@ -12,8 +12,8 @@ from .granularity import Block, Granularity, check_granularity
 from .importance import Floor, ImportanceScores, needs_data, score
 from .importance.criterion import UserCriterion
 from .importance.scopes import Scope
-from .layers import Selection, check_model
-from .masks import Budget, Masks, apply_masks_, masks_back_on_error
+from .layers import Selection, check_model, reusable
+from .masks import Budget, Masks, add_masks_, masks_back_on_error
 from .schedules import Schedule
 
 COSTS = ("params", "flops", "bytes")
@@ -95,6 +95,7 @@ def prune_(
     check_model(model)
     check_schedule(schedule, cost, criterion, loader)
     check_granularity(granularity)
+    include, exclude = reusable(include), reusable(exclude)
     rounds = [step for step in range(schedule.begin, schedule.end + 1) if schedule.is_update(step)]
     masks = None
     with masks_back_on_error(model):
@@ -114,6 +115,6 @@ def prune_(
                 progress=progress,
             )
             masks = select_at(scores, schedule.at(step), cost, scope, floor)
-            apply_masks_(model, masks)
+            add_masks_(model, masks)
     assert masks is not None
     return masks

@@ -84,10 +84,22 @@ def reset_pieces_(
 
 
 def trained_tensor(module: nn.Module, parameter: str) -> Tensor:
-    """Return the tensor that an optimiser holds: the parameter, or what lies under its parametrizations."""
-    if parametrize.is_parametrized(module, parameter):
-        return module.parametrizations[parameter].original  # type: ignore[index, union-attr]
-    return getattr(module, parameter)
+    """Return the tensor that an optimiser holds: the parameter, or what lies under its parametrizations.
+
+    Raises:
+        ValueError: the parameter is made of several tensors, as by weight norm.
+
+    """
+    if not parametrize.is_parametrized(module, parameter):
+        return getattr(module, parameter)
+    tensor = getattr(module.parametrizations[parameter], "original", None)  # type: ignore[index]
+    if tensor is None:
+        kind = parametrize.type_before_parametrizations(module).__name__
+        raise ValueError(
+            f"the {parameter} of a {kind} is made of several tensors by a parametrization: "
+            "removed pieces can be zero there, but take no other values nor regrow"
+        )
+    return tensor
 
 
 def overwrite(tensor: Tensor, where: Tensor, new: Tensor, optimizer: torch.optim.Optimizer | None) -> None:

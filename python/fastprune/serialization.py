@@ -43,15 +43,11 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
         ValueError: the state holds something that is no tensor, or a foreign parametrization.
 
     """
-    manifest = structure_of(check_model(model))
+    manifest, state = _what_is_saved(check_model(model))
     tensors: dict[str, Tensor] = {}
     aliases: dict[str, str] = {}
     first_by_memory: dict[tuple, str] = {}
-    for name, tensor in model.state_dict().items():
-        if not isinstance(tensor, Tensor):
-            raise ValueError(
-                f"the state '{name}' is no tensor but {type(tensor).__name__}: it cannot be saved"
-            )
+    for name, tensor in state.items():
         memory = (tensor.data_ptr(), tensor.dtype, tuple(tensor.shape), tuple(tensor.stride()))
         if tensor.numel() and memory in first_by_memory:
             aliases[name] = first_by_memory[memory]
@@ -62,6 +58,22 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
     write_atomically(
         path, lambda temporary: save_file(tensors, temporary, metadata={"fastprune": json.dumps(manifest)})
     )
+
+
+def check_saved(model: nn.Module) -> None:
+    """Raise the ValueError that :func:`save` would raise."""
+    _what_is_saved(model)
+
+
+def _what_is_saved(model: nn.Module) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Return the structure and the state of a model."""
+    manifest, state = structure_of(model), model.state_dict()
+    for name, tensor in state.items():
+        if not isinstance(tensor, Tensor):
+            raise ValueError(
+                f"the state '{name}' is no tensor but {type(tensor).__name__}: it cannot be saved"
+            )
+    return manifest, state
 
 
 def _read(path: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str, Tensor]]:

@@ -2,8 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
+
 import torch
 from torch import nn
+
+
+def outside_inference_mode() -> contextlib.AbstractContextManager[object]:
+    """Leave ``torch.inference_mode`` for a while: gradients need it, and else grad mode is not touched."""
+    return torch.inference_mode(False) if torch.is_inference_mode_enabled() else contextlib.nullcontext()
 
 
 class EvalMode:

@@ -45,7 +45,7 @@ from .calibration import Calibration, weight_shape_of
 from .chunks import PROBE_SAMPLES, default_memory_budget
 from .criteria import CRITERIA
 from .criterion import Criterion, Findings, LossDelta, UserCriterion, evaluate, name_of
-from .eval_mode import EvalMode
+from .eval_mode import EvalMode, outside_inference_mode
 from .first_forward import find_norms, first_forward, fitting_norms
 from .loss_delta import LossDeltas
 from .scores import ImportanceScores
@@ -147,7 +147,7 @@ def score(
     if loader is None and needs_data(criterion):
         raise TypeError(f"`loader` must be an iterable of batches for criterion '{criterion}', got None")
     couples = isinstance(granularity, Unit) and granularity.coupled
-    with keep_generators(), EvalMode(model):
+    with outside_inference_mode(), keep_generators(), EvalMode(model):
         digest = state_digest(model)
         traces = Traces(model, layers.values(), lambda output: read_logits(output, output_transform))
         source = _Source(loader, model_device(model), max_samples)

@@ -102,7 +102,8 @@ def lowest_within(scores: Tensor, costs: Tensor, allowance: float, protected: Te
     """Return a bool tensor, True for the lowest scores whose costs together stay within an allowance.
 
     Ties are broken by index. Costs are taken in order of score until the next does not fit. What costs
-    nothing is not taken: it would not help. What is protected is passed over.
+    nothing is not taken: it would not help. What is protected is passed over. What is pruned already stays
+    so, also where that is more than the allowance.
     """
     order = torch.sort(scores, stable=True).indices
     if protected is not None:
@@ -111,7 +112,9 @@ def lowest_within(scores: Tensor, costs: Tensor, allowance: float, protected: Te
     taken = int((cumulative <= allowance * (1 + 1e-12) + 1e-9).sum())
     result = torch.zeros(scores.shape, dtype=torch.bool)
     result[order[:taken]] = True
-    return result & ((costs > 0) | (scores == -torch.inf))
+    result &= costs > 0
+    result[order[scores[order] == -torch.inf]] = True
+    return result
 
 
 def keep_shares(

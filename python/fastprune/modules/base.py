@@ -137,7 +137,8 @@ class BlockSparseLayer(nn.Module, abc.ABC):
 
         The layer computes as if the others were zero, at the speed of a layer without them. For inference
         the values of those that run are copied, once for each call; in training gradients reach them
-        alone. A state dict holds all blocks and no density.
+        alone. A state dict holds all blocks and no density. Weights that are edited through ``.data``, which
+        torch does not count as a change, are seen by the next call of this method.
 
         Example:
             >>> layer.set_density(0.5)
@@ -195,8 +196,10 @@ class BlockSparseLayer(nn.Module, abc.ABC):
         """Write the weights into a dense layer that goes into this one's place."""
         with torch.no_grad():
             dense.weight.copy_(self.weight)
-            if dense.bias is not None:
-                dense.bias.copy_(self.bias)  # type: ignore[arg-type]
+            dense.weight.requires_grad_(self.packed_values.requires_grad)
+            if self.bias is not None and dense.bias is not None:
+                dense.bias.copy_(self.bias)
+                dense.bias.requires_grad_(self.bias.requires_grad)
         dense.train(self.training)
 
     def _take_over(self, dense: nn.Module) -> None:
