@@ -41,7 +41,7 @@ def evaluate(
     """Return ``{"accuracy", "loss"}`` over all samples of a loader, in eval mode.
 
     Accuracy is the share of targets that the largest logit names (binary: the sign of a single logit);
-    it is NaN where targets are no classes.
+    it is NaN where the targets of any batch are no classes.
 
     Example:
         >>> fp.evaluate(model, val_loader)["accuracy"]
