@@ -177,7 +177,7 @@ def _module_op(traced: TracedModel, source: fx.Node, module: nn.Module) -> NodeO
         if module.running_mean is None or type(module).forward is not nn.BatchNorm2d.forward:
             return None
         return NodeOp("batch_norm", traced, source, module, eps=module.eps)
-    if type(module) in _POOL_MODULES:
+    if type(module) in _POOL_MODULES and not getattr(module, "return_indices", False):
         return NodeOp("channelwise", traced, source, module)
     if type(module) is nn.Flatten and (module.start_dim, module.end_dim) == (1, -1):
         return NodeOp("flatten", traced, source, module)
@@ -204,7 +204,7 @@ def _function_op(traced: TracedModel, node: fx.Node, source: fx.Node) -> NodeOp 
     target, arguments = node.target, (*node.args, None, None, None)
     if target in _ELEMENTWISE_TARGETS:
         return NodeOp("elementwise", traced, source)
-    if target in _POOL_FUNCTIONS:
+    if target in _POOL_FUNCTIONS and not node.kwargs.get("return_indices", False):
         return NodeOp("channelwise", traced, source)
     if target in _MEAN_FUNCTIONS:
         return _mean_op(traced, node, source)

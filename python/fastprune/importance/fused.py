@@ -72,6 +72,9 @@ def fused_deltas(
     elif not isinstance(pieces, Unit):
         return _through_one_activation(traced, values, layer, pieces, targets, kept, last_node, last)
     else:
+        scored = node_op(traced, layer)
+        if scored is not None and scored.kind == "linear" and values[layer].dim() != 2:
+            return None  # its units are not the second dimension
         width = _columns_of_a_unit(traced, values, start, last_node, last)
         if width is None:
             return None

@@ -39,7 +39,7 @@ def masked_forwards(
         with replaced([(module, parameter, torch.zeros_like(tensor))]):
             yield forward()
     elif isinstance(pieces, Layer):
-        with _without(module):
+        with without_layer(module):
             yield forward()
     elif isinstance(pieces, Unit):
         out = len(weight_of(module))
@@ -64,21 +64,31 @@ def masked_forwards(
 
 
 @contextlib.contextmanager
-def _without(module: nn.Module) -> Iterator[None]:
+def without_layer(module: nn.Module) -> Iterator[None]:
     """Let a module give its input where the shapes agree, else zeros; of several outputs, the first."""
+    copies: list[Tensor | None] = []
 
-    def hook(_: nn.Module, inputs: tuple, output: Any) -> Any:
-        if isinstance(output, (tuple, list)):
-            return type(output)([hook(_, inputs, output[0]), *output[1:]])
+    def keep(_: nn.Module, inputs: tuple) -> None:
         first = inputs[0] if inputs else None
-        same = isinstance(first, Tensor) and first.shape == output.shape
-        return first if same else torch.zeros_like(output)
+        copies.append(first.clone() if isinstance(first, Tensor) else None)
 
-    handle = module.register_forward_hook(hook)
-    try:
+    def give(_: nn.Module, inputs: tuple, output: Any) -> Any:
+        before = copies.pop()
+        if before is not None:
+            # A module that is not there does not write into its input, as nn.ReLU(inplace=True) does.
+            inputs[0].data.copy_(before)
+        return _in_place_of(output, before)
+
+    with contextlib.ExitStack() as undo:
+        undo.callback(module.register_forward_pre_hook(keep).remove)
+        undo.callback(module.register_forward_hook(give).remove)
         yield
-    finally:
-        handle.remove()
+
+
+def _in_place_of(output: Any, given: Tensor | None) -> Any:
+    if isinstance(output, (tuple, list)):
+        return type(output)([_in_place_of(output[0], given), *output[1:]])
+    return given if given is not None and given.shape == output.shape else torch.zeros_like(output)
 
 
 def _masked_weights(pieces: Granularity, weight: Tensor) -> Iterator[Tensor | None]:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ..batches import Batch
+from ..importance.masked_forwards import without_layer
 
 SKIPPED = "_fastprune_skipped"
 
@@ -139,13 +140,9 @@ def stand_ins(model: nn.Module, names: list[str], batches: list[Batch]) -> dict[
 @contextlib.contextmanager
 def without_layers(model: nn.Module, names: list[str]) -> Iterator[None]:
     """Let layers give their input where the shapes agree, else zeros, as a masked layer does."""
-
-    def hook(module: nn.Module, inputs: tuple, output: Any) -> Any:
-        return inputs[0] if inputs[0].shape == output.shape else torch.zeros_like(output)
-
     with contextlib.ExitStack() as undo:
         for name in names:
-            undo.callback(model.get_submodule(name).register_forward_hook(hook).remove)
+            undo.enter_context(without_layer(model.get_submodule(name)))
         yield
 
 

@@ -185,6 +185,8 @@ def _random_like(batch: Batch) -> Batch:
 
     def draw(tensor: Tensor) -> Tensor:
         if tensor.is_floating_point():
+            if not bool(tensor.isfinite().all()):  # a mask that is added to scores
+                return tensor
             deviation, mean = float(tensor.double().std(correction=0)) or 1.0, float(tensor.double().mean())
             noise = torch.randn(tensor.shape, generator=generator, dtype=torch.float64)
             return (noise * deviation + mean).to(tensor)
