@@ -242,3 +242,109 @@ def test_an_error_leaves_the_model_as_it_was():
     with pytest.raises(ValueError, match="scores"):
         fp.set_density(model, 0.25, scores)
     assert {name: getattr(model, name).running_density for name in kept(model)} == before
+
+
+def half(kind="linear"):
+    make, shape = LAYERS[kind]
+    layer = make()
+    layer.set_density(0.5)
+    return layer, torch.randn(shape)
+
+
+@pytest.mark.parametrize("optimizer", [torch.optim.SGD, torch.optim.Adam, torch.optim.Adagrad])
+@pytest.mark.parametrize("fused", [True, False])
+def test_steps_of_an_optimizer_are_seen_after_inference(optimizer, fused):
+    layer, x = half()
+    steps = optimizer(layer.parameters(), lr=0.1, fused=fused)
+    for _ in range(3):
+        with torch.no_grad():
+            before = layer(x)
+        layer(x).square().sum().backward()
+        steps.step()
+        with torch.no_grad():
+            after = layer(x)
+        torch.testing.assert_close(after, layer(x).detach())
+        assert not torch.equal(after, before)
+
+
+def test_weights_that_are_lent_for_a_call_are_read_anew():
+    layer, x = half()
+    size = layer.packed_values.shape
+    with torch.no_grad():
+        for value in range(6):
+            lent = {"packed_values": torch.full(size, float(value)), "bias": torch.zeros(13)}
+            found = torch.func.functional_call(layer, lent, (torch.ones(1, 43),))
+            assert float(found.sum()) == pytest.approx(value * float(layer_ones(layer)), rel=1e-5)
+            del lent
+        own = layer(x)
+        layer._running._values = None
+        assert torch.equal(layer(x), own)
+
+
+def layer_ones(layer):
+    """How many weights of the dense shape run."""
+    ones = copy.deepcopy(layer)
+    nn.init.ones_(ones.packed_values)
+    return ones.to_dense().weight.sum()
+
+
+@pytest.mark.parametrize("kind", LAYERS)
+def test_a_dense_layer_has_the_weights_that_run(kind):
+    layer, x = half(kind)
+    found = layer(x)
+    torch.testing.assert_close(layer.to_dense()(x), found, rtol=1e-4, atol=1e-5)
+    model = fp.to_dense_(nn.Sequential(layer))
+    torch.testing.assert_close(model(x), found, rtol=1e-4, atol=1e-5)
+
+
+def test_gradients_of_inputs_flow_after_a_call_in_inference_mode():
+    layer, x = half()
+    layer.requires_grad_(False)
+    with torch.inference_mode():
+        layer(x)
+    x.requires_grad_()
+    layer(x).sum().backward()
+    torch.testing.assert_close(x.grad, layer.to_dense().weight.sum(0).expand(5, 43), rtol=1e-4, atol=1e-5)
+
+
+def test_transforms_and_traces_of_a_layer_with_a_density():
+    layer, x = half()
+    weights = torch.randn(3, *layer.packed_values.shape)
+    with torch.no_grad():
+        layer(x)
+
+        def call(values):
+            return torch.func.functional_call(layer, {"packed_values": values}, (x,))
+
+        torch.testing.assert_close(torch.vmap(call)(weights), torch.stack([call(w) for w in weights]))
+        traced = torch.jit.trace(layer, x)
+        torch.testing.assert_close(traced(x), layer(x))
+
+
+def test_copies_and_files_hold_no_gathered_values(tmp_path):
+    layer, x = half()
+    with torch.no_grad():
+        found = layer(x)
+        for other in (copy.deepcopy(layer), torch_saved(layer, tmp_path / "layer.pt")):
+            assert other._running._values is None
+            assert torch.equal(other(x), found)
+            assert other.running_density == layer.running_density
+
+
+def torch_saved(layer, path):
+    torch.save(layer, path)
+    return torch.load(path, weights_only=False)
+
+
+@pytest.mark.parametrize("kind", LAYERS)
+@pytest.mark.parametrize("with_density", [False, True])
+def test_a_state_is_assigned_to_a_layer_without_memory(kind, with_density):
+    make, shape = LAYERS[kind]
+    layer = make()
+    empty = copy.deepcopy(layer)
+    if with_density:
+        empty.set_density(0.5)
+    empty = empty.to("meta")
+    empty.load_state_dict(layer.state_dict(), assign=True)
+    x = torch.randn(shape)
+    assert torch.equal(empty(x), layer(x))

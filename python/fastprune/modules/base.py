@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import abc
-from collections.abc import Hashable
+import weakref
 from numbers import Real
 from typing import Any
 
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from .. import reference
+from .._dispatch import is_transformed, takes_registered_gradients
 from ..block_sparse import BlockSparseTensor
 
 Parts = tuple[Tensor, Tensor, Tensor]
@@ -35,7 +36,11 @@ class RunningBlocks:
         self.crow_indices = counts.to(torch.int32)
         self.col_indices = col_indices[runs]
         self._values: Tensor | None = None
-        self._made_of: Hashable = None
+        self._made_of: tuple[Any, ...] = ()
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Return the state without gathered values, which refer to the layer's."""
+        return {**vars(self), "_values": None, "_made_of": ()}
 
     def parts(self, packed_values: Tensor) -> Parts:
         """Return what a kernel reads; values are gathered once, and again when the layer's have changed."""
@@ -44,13 +49,20 @@ class RunningBlocks:
             self.indices, self.crow_indices, self.col_indices = (
                 tensor.to(device) for tensor in (self.indices, self.crow_indices, self.col_indices)
             )
-        if torch.compiler.is_compiling() or (torch.is_grad_enabled() and packed_values.requires_grad):
+        recorded = takes_registered_gradients() or is_transformed()
+        if recorded or (torch.is_grad_enabled() and packed_values.requires_grad):
+            # A step of an optimiser may follow, and fused ones leave the version as it is.
+            self._values = None
             return packed_values[self.indices], self.crow_indices, self.col_indices
-        made_of = None
-        if not packed_values.is_inference():  # which count no changes
-            made_of = (packed_values.data_ptr(), packed_values._version, packed_values.dtype)
-        if self._values is None or made_of is None or made_of != self._made_of:
-            self._values, self._made_of = packed_values.detach()[self.indices], made_of
+        if packed_values.is_inference():  # which count no changes
+            return packed_values[self.indices], self.crow_indices, self.col_indices
+        state = (packed_values.data_ptr(), packed_values._version, packed_values.dtype)
+        owner, *made_of = self._made_of or (lambda: None,)
+        if self._values is None or owner() is not packed_values or tuple(made_of) != state:
+            with torch.inference_mode(False):  # later calls may need a gradient of the input
+                self._values = packed_values.detach()[self.indices]
+            # Not the address alone: that of a temporary weight is soon another's.
+            self._made_of = (weakref.ref(packed_values), *state)
         return self._values, self.crow_indices, self.col_indices
 
 
@@ -103,9 +115,13 @@ class BlockSparseLayer(nn.Module, abc.ABC):
         """Shape of the dense weight."""
 
     @property
-    @abc.abstractmethod
     def weight(self) -> Tensor:
-        """The dense weight, made anew; gradients flow to the blocks."""
+        """The dense weight, made anew of all kept blocks, ``weight_shape``; gradients flow to them."""
+        return self._dense_weight(self.packed_values)
+
+    @abc.abstractmethod
+    def _dense_weight(self, packed_values: Tensor) -> Tensor:
+        """Return the dense weight that some values of the blocks make."""
 
     @property
     def block_sparse_weight(self) -> BlockSparseTensor:
@@ -138,7 +154,7 @@ class BlockSparseLayer(nn.Module, abc.ABC):
         The layer computes as if the others were zero, at the speed of a layer without them. For inference
         the values of those that run are copied, once for each call; in training gradients reach them
         alone. A state dict holds all blocks and no density. Weights that are edited through ``.data``, which
-        torch does not count as a change, are seen by the next call of this method.
+        torch does not count as a change, are seen after the next forward with gradients or call of this.
 
         Example:
             >>> layer.set_density(0.5)
@@ -193,9 +209,13 @@ class BlockSparseLayer(nn.Module, abc.ABC):
             raise ValueError(f"to_dense would lose the fused activation '{self.activation}'")
 
     def _fill_dense(self, dense: nn.Linear | nn.Conv2d) -> None:
-        """Write the weights into a dense layer that goes into this one's place."""
+        """Write the weights, of the blocks that run, into a dense layer that goes into this one's place."""
         with torch.no_grad():
-            dense.weight.copy_(self.weight)
+            values = self.packed_values
+            if self._running is not None:
+                indices = self._running.indices.to(values.device)
+                values = torch.zeros_like(values).index_copy_(0, indices, values[indices])
+            dense.weight.copy_(self._dense_weight(values))
             dense.weight.requires_grad_(self.packed_values.requires_grad)
             if self.bias is not None and dense.bias is not None:
                 dense.bias.copy_(self.bias)
@@ -221,9 +241,8 @@ class BlockSparseLayer(nn.Module, abc.ABC):
                 raise ValueError(
                     f"the state of '{prefix.rstrip('.')}' is no valid structure: {error}"
                 ) from error
-            indices = (self.crow_indices, self.col_indices)
-            pairs = zip(parts[1:], indices, strict=True)
-            if not all(torch.equal(part.to(own.device), own) for part, own in pairs):
+            pairs = list(zip(parts[1:], (self.crow_indices, self.col_indices), strict=True))
+            if self._running is not None and not all(_same(part, own) for part, own in pairs):
                 self._running = None  # those were other blocks
             # The parameter and the buffers stay the same objects, as optimisers hold them.
             for name, part in zip(names, parts, strict=True):
@@ -239,6 +258,10 @@ class BlockSparseLayer(nn.Module, abc.ABC):
         if self._running is not None:
             text += f", running_density={self.running_density:.3f}"
         return text if self.activation is None else f"{text}, activation={self.activation}"
+
+
+def _same(part: Tensor, own: Tensor) -> bool:
+    return not own.is_meta and torch.equal(part.to(own.device), own)
 
 
 def check_running_density(density: float) -> None:

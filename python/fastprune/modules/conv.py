@@ -226,14 +226,9 @@ class BlockSparseConv2d(BlockSparseLayer):
         """``[out_channels, in_channels / groups, *kernel_size]``."""
         return torch.Size((self.out_channels, self.in_channels // self.groups, *self.kernel_size))
 
-    @property
-    def weight(self) -> Tensor:
-        """The dense ``[out_channels, in_channels / groups, *kernel_size]`` weight, made anew.
-
-        Gradients flow to the blocks.
-        """
+    def _dense_weight(self, packed_values: Tensor) -> Tensor:
         return reference.dense_conv2d_weight(
-            self.packed_values,
+            packed_values,
             self.crow_indices,
             self.col_indices,
             out_channels=self.out_channels,
@@ -243,7 +238,7 @@ class BlockSparseConv2d(BlockSparseLayer):
         )
 
     def to_dense(self) -> nn.Conv2d:
-        """Return an ``nn.Conv2d`` with the same weights; a fused activation is left to the caller.
+        """Return an ``nn.Conv2d`` with the weights that run; a fused activation is left to the caller.
 
         A layer that came from a subclass with a forward of its own gives a layer of that class.
 

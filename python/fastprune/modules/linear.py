@@ -97,11 +97,9 @@ class BlockSparseLinear(BlockSparseLayer):
         """``[out_features, in_features]``."""
         return torch.Size((self.out_features, self.in_features))
 
-    @property
-    def weight(self) -> Tensor:
-        """The dense ``[out_features, in_features]`` weight, made anew; gradients flow to the blocks."""
+    def _dense_weight(self, packed_values: Tensor) -> Tensor:
         return reference.dense_weight(
-            self.packed_values,
+            packed_values,
             self.crow_indices,
             self.col_indices,
             out_features=self.out_features,
@@ -109,7 +107,7 @@ class BlockSparseLinear(BlockSparseLayer):
         )
 
     def to_dense(self) -> nn.Linear:
-        """Return an ``nn.Linear`` with the same weights; a fused activation is left to the caller.
+        """Return an ``nn.Linear`` with the weights that run; a fused activation is left to the caller.
 
         Its dtype is that of the bias, and without one that of the weights.
 
