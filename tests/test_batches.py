@@ -11,10 +11,10 @@ from torch import nn
 from torch.utils.data import DataLoader, IterableDataset
 
 from fastprune.batches import (
+    Accuracy,
     Batch,
     Loss,
     count_batches,
-    count_correct,
     iterate_batches,
     keep_generators,
     model_device,
@@ -252,4 +252,6 @@ def test_a_loss_that_cannot_be_used_is_refused(loss_fn):
     ],
 )
 def test_accuracy_counts_classes_and_nothing_else(logits, targets, loss_fn, expected):
-    assert count_correct(logits, targets, Loss(loss_fn)) == expected
+    accuracy = Accuracy()
+    accuracy.add(logits, targets, Loss(loss_fn))
+    assert (accuracy.correct, accuracy.counted) == expected

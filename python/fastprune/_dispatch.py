@@ -13,6 +13,7 @@ from ._fake_checks import CUDA_DTYPES, HALF_DTYPES
 _warned: set[str] = set()
 
 
+@torch.compiler.assume_constant_result  # torch.compile looks on from under a transform of its own
 def is_transformed() -> bool:
     """Tell whether a torch.func transform or forward-mode differentiation is under way: ops serve neither."""
     return (
@@ -63,6 +64,17 @@ def autocast_as_torch(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
         return tensors
     dtype = torch.get_autocast_dtype("cuda")
     return tuple(t if t is None or t.dtype == torch.float64 else t.to(dtype) for t in tensors)
+
+
+def autocast_convolution(
+    input: Tensor, packed_values: Tensor, bias: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Cast the arguments of a block-sparse convolution for autocast, on the CPU to its kernel's float32."""
+    if input.is_cuda:
+        return autocast_as_torch(input, packed_values, bias)  # type: ignore[return-value]
+    if not torch.is_autocast_enabled("cpu"):
+        return input, packed_values, bias
+    return _to_float32(input), _to_float32(packed_values), None if bias is None else _to_float32(bias)
 
 
 def autocast_linear(

@@ -145,8 +145,8 @@ def block_sparse_linear(
             out_features=out_features,
             activation=activation,
         )
-    if not needs_grad(input, packed_values, bias):
-        # The op with gradients costs some microseconds more for each call.
+    if not needs_grad(input, packed_values, bias) and not torch.jit.is_tracing():
+        # The op with gradients costs some microseconds more for each call. A trace is checked in both modes.
         op: Callable[..., Tensor] = _ops.block_sparse_linear_inference
         fused = True
     else:

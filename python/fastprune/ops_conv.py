@@ -9,7 +9,7 @@ from torch import Tensor
 
 from . import reference
 from ._dispatch import (
-    autocast_as_torch,
+    autocast_convolution,
     is_transformed,
     lacks_cuda_kernel,
     needs_grad,
@@ -98,7 +98,7 @@ def block_sparse_conv2d(
             do not divide the channels or cut a block, or (CPU) the indices are not a valid structure.
 
     """
-    input, packed_values, bias = autocast_as_torch(input, packed_values, bias)  # type: ignore[assignment]
+    input, packed_values, bias = autocast_convolution(input, packed_values, bias)
     supported = input.dtype in CUDA_DTYPES
     if is_transformed() or lacks_cuda_kernel("block_sparse_conv2d", input, supported):
         return reference.block_sparse_conv2d(
@@ -116,8 +116,8 @@ def block_sparse_conv2d(
             activation=activation,
         )
     tf32 = _allow_tf32(input)
-    if not needs_grad(input, packed_values, bias):
-        # The op with gradients costs some microseconds more for each call.
+    if not needs_grad(input, packed_values, bias) and not torch.jit.is_tracing():
+        # The op with gradients costs some microseconds more for each call. A trace is checked in both modes.
         return block_sparse_conv2d_inference(
             input,
             packed_values,

@@ -15,6 +15,7 @@ from torch.nn.utils import parametrize
 from .. import reference
 from .._dispatch import is_transformed, takes_registered_gradients
 from ..block_sparse import BlockSparseTensor
+from .resized import forget_moments
 
 Parts = tuple[Tensor, Tensor, Tensor]
 
@@ -250,6 +251,7 @@ class BlockSparseLayer(nn.Module, abc.ABC):
                 if part.shape != own.shape:
                     own.grad = None
                     own.data = torch.empty(part.shape, dtype=own.dtype, device=own.device)
+                    forget_moments(own)
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     def _describe(self) -> str:

@@ -25,7 +25,8 @@ def to_dense_(model: nn.Module) -> nn.Module:
 
     Skipped blocks become plain zeros, and activations that the kernels computed modules again, at the place
     that they had. The model computes what it did before, at the speed of a dense one: ``torch.export``, ONNX
-    and other tools that know only torch's own layers take it.
+    and other tools that know only torch's own layers take it. A Linear without a bias whose weights have a
+    dtype of their own (``weight_dtype``) keeps that; ``.float()`` gives the model one dtype.
 
     Example:
         >>> exported = torch.export.export(fp.to_dense_(copy.deepcopy(model)), (x,))
@@ -55,6 +56,9 @@ def to_dense_(model: nn.Module) -> nn.Module:
             if place is None:
                 dense = nn.Sequential(dense, module).train(layer.training)
             else:
+                if getattr(model.get_submodule(place), "_fastprune_inplace", False):
+                    # What reads its input afterwards reads what it gave.
+                    module.inplace = True  # type: ignore[assignment]
                 replacements[place] = module
         replacements[name] = dense
     swap_modules(model, replacements)

@@ -154,6 +154,7 @@ def identity_for(module: nn.Module, layer: str) -> nn.Identity:
     kind = parametrize.type_before_parametrizations(module).__name__
     identity._fastprune_folded_into = layer  # type: ignore[assignment]
     identity._fastprune_note = f"{kind} folded into {layer}"  # type: ignore[assignment]
+    identity._fastprune_inplace = getattr(module, "inplace", False)  # type: ignore[assignment]
     return identity
 
 
